@@ -1,0 +1,1 @@
+"""The engine: requests, sequences, token batches, pages and the step. Pure Python and numpy."""

@@ -1,0 +1,71 @@
+"""The architecture of a model as the builders need it, independent of any file format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+RopeKind = Literal["default", "linear", "llama3", "yarn", "dynamic", "longrope"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding, names as in Hugging Face `rope_scaling`.
+
+    `theta` is the base. `factor` stretches positions (linear, llama3, yarn, dynamic). `original_context` is
+    the length that the model was trained with before stretching; `dynamic` and `longrope` are served only up to
+    it. `low_freq_factor` and `high_freq_factor` belong to llama3; `beta_fast`, `beta_slow`,
+    `attention_factor`, `mscale`, `mscale_all_dim`, `truncate` to yarn; `short_factor` (one number per
+    frequency) to longrope. `rotary_dim` is the number of leading head dimensions that rotate.
+    """
+
+    kind: RopeKind = "default"
+    theta: float = 10000.0
+    rotary_dim: int
+    factor: float = 1.0
+    original_context: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Shapes and options of a decoder-only model.
+
+    `max_context` is the number of tokens that the model can be served with (after RoPE scaling rules).
+    `eos_token_ids` come from generation_config.json where present, else from config.json. `dtype` is that of
+    the checkpoint.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_context: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
