@@ -153,7 +153,7 @@ _LIMITS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "presence_penalty": (float, lambda v: -2 <= v <= 2, "a number from -2 to 2"),
     "frequency_penalty": (float, lambda v: -2 <= v <= 2, "a number from -2 to 2"),
     "min_tokens": (int, lambda v: 0 <= v < 1 << 31, "an integer of at least 0"),
-    "max_tokens": (int, lambda v: 1 <= v < 1 << 31, "an integer of at least 1"),
+    "max_tokens": (int, lambda v: 0 <= v < 1 << 31, "an integer of at least 0"),
     "seed": (int, lambda v: -(1 << 63) <= v < 1 << 64, "a 64-bit integer"),
     "logprobs": (int, lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}"),
     "prompt_logprobs": (int, lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}"),

@@ -1,0 +1,1 @@
+"""Pure decisions: order, budget, chunking. No I/O, nothing beyond numpy."""

@@ -1,0 +1,203 @@
+"""One frozen configuration tree. A field has its type, default and help in one place.
+
+The command line (`--max-batch-tokens`), the environment (`TOKENLOOM_MAX_BATCH_TOKENS`), the TOML file and
+`docs/configuration.md` are generated from these declarations; nothing else reads the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from tokenloom.errors import InvalidParameter
+
+ENV_PREFIX = "TOKENLOOM_"
+
+
+def knob(
+    default: Any,
+    help: str,
+    *,
+    check: Callable[[Any], bool] = lambda value: True,
+    limit: str = "",
+) -> Any:
+    """Declare a configuration field. `check` must hold for its value; `limit` says in words what it asks."""
+    return field(default=default, metadata={"help": help, "check": check, "limit": limit})
+
+
+def _at_least(low: int) -> dict[str, Any]:
+    return {"check": lambda value: value >= low, "limit": f"at least {low}"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """Which model, and how its numbers are held."""
+
+    model: str = knob("", "Directory of a Hugging Face checkpoint; empty for the embedded model.")
+    served_model_name: str = knob("", "Name of the model in the API; empty for the directory's name.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
+        "auto", "Arithmetic: auto is float32 here (exact for bf16 and fp16 checkpoints)."
+    )
+    max_context: int = knob(0, "Longest prompt plus output in tokens; 0 for what the model allows.", **_at_least(0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheOptions:
+    """KV pages and the prefix cache."""
+
+    num_pages: int = knob(0, "KV pages of 16 tokens; 0 fits them to the machine.", **_at_least(0))
+    kv_memory_mb: int = knob(0, "Memory for KV pages in MiB; 0 fits it to the machine.", **_at_least(0))
+    prefix_cache: bool = knob(True, "Share KV pages between requests with the same prefix.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerOptions:
+    """Order and budget."""
+
+    max_batch_tokens: int = knob(512, "Rows of one step at most (the token budget).", **_at_least(1))
+    max_chunk_tokens: int = knob(0, "Prompt rows of one sequence per step; 0 for the whole budget.", **_at_least(0))
+    target_itl_ms: float = knob(
+        0.0, "Measure at start and choose the budget for this inter-token latency; 0 keeps it.", **_at_least(0)
+    )
+    max_running: int = knob(128, "Sequences that run at once at most.", **_at_least(1))
+    max_waiting: int = knob(1024, "Requests that may wait; more are refused with 429.", **_at_least(1))
+    policy: Literal["fcfs", "priority"] = knob("fcfs", "First come first served, or by request priority.")
+    age_bound_s: float = knob(60.0, "A request older than this goes before all younger ones.", **_at_least(0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """The HTTP face."""
+
+    host: str = knob("127.0.0.1", "Address to listen on.")
+    port: int = knob(8000, "Port to listen on; 0 for a free one.", check=lambda v: 0 <= v < 65536, limit="0 to 65535")
+    api_key: str = knob("", "Key that clients must send as a bearer token; empty for none.")
+    max_body_mb: int = knob(8, "Largest request body in MiB; larger ones get 413.", **_at_least(1))
+    log_level: Literal["debug", "info", "warning", "error"] = knob("info", "How much the server logs.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeOptions:
+    """How the engine runs."""
+
+    threads: int = knob(0, "Compute threads; 0 for one per core.", **_at_least(0))
+    seed: int = knob(-1, "Seed for requests without one; -1 draws a fresh one for each.", **_at_least(-1))
+    debug: bool = knob(False, "Check every invariant after each step (slow).")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole tree."""
+
+    model: ModelOptions = ModelOptions()
+    cache: CacheOptions = CacheOptions()
+    scheduler: SchedulerOptions = SchedulerOptions()
+    server: ServerOptions = ServerOptions()
+    runtime: RuntimeOptions = RuntimeOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class Knob:
+    """One field as the generators see it: its section, name, type, default, help, and allowed choices."""
+
+    section: str
+    name: str
+    type: Any
+    default: Any
+    help: str
+    choices: tuple[str, ...]
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def env(self) -> str:
+        return ENV_PREFIX + self.name.upper()
+
+
+def knobs() -> Iterator[Knob]:
+    """Every knob, in the order of declaration. Names are unique over all sections."""
+    for section in fields(Config):
+        options = type(section.default)
+        hints = get_type_hints(options)
+        for item in fields(options):
+            hint = hints[item.name]
+            choices = get_args(hint) if get_origin(hint) is Literal else ()
+            kind = str if choices else hint
+            yield Knob(section.name, item.name, kind, item.default, item.metadata["help"], choices)
+
+
+def _convert(entry: Knob, value: Any) -> Any:
+    """`value` (perhaps text from the environment or the command line) as the knob's type."""
+    wanted = entry.type
+    if isinstance(value, str) and wanted is not str:
+        try:
+            if wanted is bool:
+                value = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[value.lower()]
+            else:
+                value = wanted(value)
+        except (ValueError, KeyError):
+            raise InvalidParameter(entry.name, value, f"of type {wanted.__name__}") from None
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not wanted:
+        raise InvalidParameter(entry.name, value, f"of type {wanted.__name__}")
+    if entry.choices and value not in entry.choices:
+        raise InvalidParameter(entry.name, value, "one of " + ", ".join(entry.choices))
+    return value
+
+
+def _metadata(entry: Knob) -> Field[Any]:
+    options = type(getattr(Config(), entry.section))
+    return next(item for item in fields(options) if item.name == entry.name)
+
+
+def make_config(
+    values: Mapping[str, Any] | None = None, *, file: str | Path | None = None, env: Mapping[str, str] | None = None
+) -> Config:
+    """Build the tree from flat names: `values` wins over the environment, that over the TOML `file`.
+
+    The file may have the sections as tables or flat names. Raises `InvalidParameter` for an unknown name or a value
+    outside its limits.
+    """
+    entries = {entry.name: entry for entry in knobs()}
+    chosen: dict[str, Any] = {}
+    if file is not None:
+        chosen.update(_read_file(Path(file)))
+    environment = os.environ if env is None else env
+    for name, entry in entries.items():
+        if entry.env in environment:
+            chosen[name] = environment[entry.env]
+    chosen.update(values or {})
+    sections: dict[str, dict[str, Any]] = {section.name: {} for section in fields(Config)}
+    for name, value in chosen.items():
+        entry = entries.get(name)  # type: ignore[assignment]
+        if entry is None:
+            raise InvalidParameter(name, value, "a known option; known are " + ", ".join(sorted(entries)))
+        value = _convert(entry, value)
+        metadata = _metadata(entry).metadata
+        if not metadata["check"](value):
+            raise InvalidParameter(name, value, metadata["limit"])
+        sections[entry.section][name] = value
+    return Config(**{section.name: type(section.default)(**sections[section.name]) for section in fields(Config)})
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        data = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidParameter("config", str(path), f"a readable TOML file ({error})") from None
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat.update(value if isinstance(value, dict) else {key: value})
+    return flat
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """The effective values by flat name, for printing and export."""
+    return {entry.name: getattr(getattr(config, entry.section), entry.name) for entry in knobs()}

@@ -1,0 +1,190 @@
+"""The step loop: plan, submit, collect, commit."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+from tokenloom.clock import Clock, MonotonicClock
+from tokenloom.engine.batch import PAGE_SIZE, Executor, Work
+from tokenloom.engine.batch_builder import SequenceTable, build_batch
+from tokenloom.engine.frames import FramePool, PageClass
+from tokenloom.engine.plan import Plan, StepRecord
+from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
+from tokenloom.engine.policies.queue_order import QueueOrder
+from tokenloom.engine.prefix_cache import PrefixCache, root_digest
+from tokenloom.engine.request import Request, SequenceDelta, StopCheckerFactory, no_stop_strings
+from tokenloom.engine.scheduler import Scheduler
+from tokenloom.engine.sequence import Sequence
+from tokenloom.errors import ContextLengthExceeded, InvalidParameter, QueueFull
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """What the engine is built for.
+
+    `identity` goes into the root of every prefix chain (model hash, numerics id, formats). `max_context` is in
+    tokens, `num_pages` is the size of the KV pool, cut as `pages_per_frame`. `debug` runs every invariant after
+    each step.
+    """
+
+    vocab_size: int
+    max_context: int
+    num_pages: int
+    pages_per_frame: int = 1
+    max_running: int = 128
+    max_waiting: int = 1024
+    eos_token_ids: tuple[int, ...] = ()
+    identity: tuple[str, ...] = ()
+    prefix_cache: bool = True
+    debug: bool = False
+
+
+class Engine:
+    """Serves requests on one executor. Not thread safe: one thread adds, cancels and steps."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        limits: EngineLimits,
+        *,
+        budget: ChunkedPrefill | None = None,
+        order: QueueOrder | None = None,
+        clock: Clock | None = None,
+        stop_checkers: StopCheckerFactory = no_stop_strings,
+        on_step: Callable[[StepRecord], None] | None = None,
+    ) -> None:
+        self.executor = executor
+        self.limits = limits
+        self.clock = clock or MonotonicClock()
+        self.stop_checkers = stop_checkers
+        self.on_step = on_step
+        budget = budget or ChunkedPrefill()
+        self.max_context = min(limits.max_context, limits.num_pages * PAGE_SIZE)
+        self.max_running = min(limits.max_running, budget.max_running)
+        pool = FramePool(-(-limits.num_pages // limits.pages_per_frame))
+        pages = PageClass("target_kv", pool, limits.pages_per_frame, limits.num_pages)
+        table = SequenceTable(self.max_running, -(-self.max_context // PAGE_SIZE))
+        self.scheduler = Scheduler(
+            PrefixCache(pages, limits.prefix_cache), table, budget, order or QueueOrder()
+        )
+        self._eos = frozenset(limits.eos_token_ids)
+        self._num_steps = 0
+        self._queries_seen = self._hits_seen = self._preemptions_seen = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.live)
+
+    def check_request(self, request: Request) -> None:
+        """Raise the error that the client should see if this request can never be served."""
+        params = request.params
+        num_prompt = len(request.prompt_token_ids)
+        if num_prompt == 0:
+            raise InvalidParameter("prompt", [], "at least one token")
+        longest = self.max_context if params.max_tokens == 0 else self.max_context - 1
+        if num_prompt > longest:
+            raise ContextLengthExceeded(num_prompt, self.max_context)
+        for token in request.prompt_token_ids:
+            if not 0 <= token < self.limits.vocab_size:
+                raise InvalidParameter("prompt", token, f"token ids from 0 to {self.limits.vocab_size - 1}")
+        if params.n > self.max_running:
+            raise InvalidParameter("n", params.n, f"at most {self.max_running}, the sequences that run at once")
+        params.check_vocabulary(self.limits.vocab_size)
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request. Raises `QueueFull`, or `InvalidParameter` where it can never be served."""
+        self.check_request(request)
+        scheduler = self.scheduler
+        if request.request_id in scheduler.live:
+            raise InvalidParameter("request_id", request.request_id, "unique among live requests")
+        if len(scheduler.waiting) >= self.limits.max_waiting:
+            raise QueueFull(self.limits.max_waiting, 1.0)
+        params = request.params
+        if params.seed is None:
+            params = request.params = params.with_seed(secrets.randbits(64))
+        if request.arrival < 0:
+            request.arrival = self.clock.now()
+        num_prompt = len(request.prompt_token_ids)
+        max_length = self.max_context
+        if params.max_tokens is not None:
+            max_length = min(max_length, num_prompt + params.max_tokens)
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
+        root = root_digest((*self.limits.identity, request.adapter, request.tenant, request.exactness))
+        scheduler.add(
+            [
+                Sequence(
+                    request,
+                    index,
+                    root=root,
+                    max_length=max_length,
+                    stop_ids=stop_ids,
+                    checker=self.stop_checkers(request.prompt_token_ids, params) if params.stop else None,
+                )
+                for index in range(params.n)
+            ]
+        )
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request and free all it holds; False if it is not live."""
+        return self.scheduler.cancel(request_id)
+
+    def step(self) -> list[SequenceDelta]:
+        """Run one step; returns what each sequence got. Empty when nothing can run."""
+        started = perf_counter()
+        plan = self.scheduler.plan(self.clock.now())
+        if not plan.runs:
+            return []
+        planned = perf_counter()
+        batch = build_batch(plan, self.scheduler.table)
+        if self.limits.debug:
+            batch.check()
+        built = perf_counter()
+        result = self.executor.collect(self.executor.submit(batch))
+        executed = perf_counter()
+        deltas = self.scheduler.commit(plan, result, self.clock.now())
+        if self.limits.debug:
+            self.scheduler.check()
+        self._num_steps += 1
+        if self.on_step is not None:
+            seconds = {
+                "plan": planned - started,
+                "build": built - planned,
+                "execute": executed - built,
+                "commit": perf_counter() - executed,
+            }
+            self.on_step(self._record(plan, deltas, seconds, int((batch.work == Work.DECODE).sum())))
+        return deltas
+
+    def _record(
+        self, plan: Plan, deltas: list[SequenceDelta], seconds: dict[str, float], num_decodes: int
+    ) -> StepRecord:
+        scheduler = self.scheduler
+        cache = scheduler.cache
+        record = StepRecord(
+            step=self._num_steps,
+            time=plan.now,
+            prefill_rows=plan.num_rows - num_decodes,
+            decode_rows=num_decodes,
+            context_tokens=sum(run.end for run in plan.runs),
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            pages_used=len(cache.references),
+            pages_idle=cache.num_idle,
+            pages_total=cache.pages.max_pages,
+            num_preemptions=scheduler.num_preemptions - self._preemptions_seen,
+            num_finished=sum(delta.last for delta in deltas),
+            prefix_queries=scheduler.prefix_queries - self._queries_seen,
+            prefix_hits=scheduler.prefix_hits - self._hits_seen,
+            seconds=seconds,
+        )
+        self._preemptions_seen = scheduler.num_preemptions
+        self._queries_seen = scheduler.prefix_queries
+        self._hits_seen = scheduler.prefix_hits
+        return record
+
+    def close(self) -> None:
+        """Release the executor."""
+        self.executor.close()

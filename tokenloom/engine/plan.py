@@ -1,0 +1,66 @@
+"""What the scheduler decided for one step, and the record that the step leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tokenloom.engine.sequence import Sequence
+
+
+class Run(NamedTuple):
+    """Tokens [start, end) of a sequence, to be computed in this step."""
+
+    seq: Sequence
+    start: int
+    end: int
+
+
+class LogitEntry(NamedTuple):
+    """Whom a logit row is for: `target` -1 samples the next token of `seq`, else scores that prompt token."""
+
+    seq: Sequence
+    target: int
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step: the runs in batch order, and the page copies (source, destination) to do before."""
+
+    now: float
+    runs: list[Run] = field(default_factory=list)
+    page_copies: list[tuple[int, int]] = field(default_factory=list)
+    entries: list[LogitEntry] = field(default_factory=list)
+    num_decodes: int = 0
+    num_rows: int = 0
+
+    def drop(self, seq: Sequence) -> None:
+        """Take back the run of a sequence that was preempted after it was planned."""
+        kept = [run for run in self.runs if run.seq is not seq]
+        self.num_rows -= sum(run.end - run.start for run in self.runs if run.seq is seq)
+        self.runs[:] = kept
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """What one step did. Metrics, the cost model and the simulator read this one record.
+
+    Rows by work, sequences by state after the step, pages by use, `seconds` by phase (plan, build, execute,
+    commit), and counts of events in the step.
+    """
+
+    step: int
+    time: float
+    prefill_rows: int
+    decode_rows: int
+    context_tokens: int
+    num_running: int
+    num_waiting: int
+    pages_used: int
+    pages_idle: int
+    pages_total: int
+    num_preemptions: int
+    num_finished: int
+    prefix_queries: int
+    prefix_hits: int
+    seconds: dict[str, float]

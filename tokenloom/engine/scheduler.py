@@ -1,0 +1,375 @@
+"""Continuous batching: who runs in the next step, on which pages, and what its result means.
+
+There are no phases. A sequence has committed tokens and computed tokens; a step lets the computed ones catch up,
+decodes (one pending token) first and prompt chunks in the rest of the budget, as in Sarathi-Serve (OSDI 2024).
+When pages run out, the sequence that comes last in the queue order is preempted by recompute. The first in the
+order is never preempted, so it finishes, and by induction everybody does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+from tokenloom.engine.batch import PAGE_SIZE, StepResult, TopLogprobs
+from tokenloom.engine.batch_builder import SequenceTable
+from tokenloom.engine.plan import LogitEntry, Plan, Run
+from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
+from tokenloom.engine.policies.queue_order import QueueOrder
+from tokenloom.engine.prefix_cache import PrefixCache, extend_chain
+from tokenloom.engine.request import RequestTimings, SequenceDelta, TokenLogprobs
+from tokenloom.engine.sampling_rules import finish_if_done
+from tokenloom.engine.sequence import Sequence, State
+from tokenloom.engine.waiting import WaitingQueue
+
+
+class Scheduler:
+    """Plans steps and commits their results. The one owner of queues, rows and page references.
+
+    `cache` owns the pages, `table` the rows (its size bounds the running sequences), `budget` and `order` are the
+    policies.
+    """
+
+    def __init__(
+        self, cache: PrefixCache, table: SequenceTable, budget: ChunkedPrefill, order: QueueOrder
+    ) -> None:
+        self.cache = cache
+        self.table = table
+        self.budget = budget
+        self.order = order
+        self.waiting = WaitingQueue(order)
+        self.running: dict[Sequence, None] = {}
+        self.live: dict[str, list[Sequence]] = {}
+        self.num_steps = 0
+        self.num_preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self._copies: list[tuple[Sequence, int, int]] = []
+        self._rows_promised = 0
+
+    # --- arrivals and departures -------------------------------------------------------------------------
+
+    def add(self, sequences: list[Sequence]) -> None:
+        """Queue the sequences of one request: the first leads, the others fork from it after the prompt."""
+        leader, *siblings = sequences
+        leader.siblings = siblings
+        self.live[leader.request.request_id] = sequences
+        self.waiting.push(leader)
+
+    def cancel(self, request_id: str) -> bool:
+        """Free everything of a request; False if it is not live."""
+        sequences = self.live.pop(request_id, None)
+        if sequences is None:
+            return False
+        for seq in sequences:
+            if seq.state is not State.FINISHED:
+                seq.finish_reason = "cancelled"
+                self._retire(seq)
+        return True
+
+    def _retire(self, seq: Sequence) -> None:
+        if seq.state is State.RUNNING:
+            self._stop_running(seq)
+        elif seq in self.waiting:
+            self.waiting.remove(seq)
+        seq.state = State.FINISHED
+
+    def _start_running(self, seq: Sequence) -> None:
+        self.table.assign(seq)
+        seq.state = State.RUNNING
+        self.running[seq] = None
+
+    def _stop_running(self, seq: Sequence) -> None:
+        """Give back the pages and the row of a running sequence."""
+        del self.running[seq]
+        self._rows_promised -= len(seq.siblings)
+        self.table.free(seq)
+        self.cache.release(seq.truncate(0))
+
+    def _preempt(self, seq: Sequence) -> None:
+        self._stop_running(seq)
+        seq.state = State.WAITING
+        self.waiting.push(seq)
+        self.num_preemptions += 1
+
+    # --- planning ----------------------------------------------------------------------------------------
+
+    def plan(self, now: float) -> Plan:
+        """Choose the runs of the next step and give them pages."""
+        plan = Plan(now)
+        self._preempt_for_urgent(now)
+        prefills = [seq for seq in self.running if len(seq.tokens) - seq.num_computed > 1]
+        turns = self.budget.turns(
+            self.num_steps, len(self.running) > len(prefills), bool(prefills or len(self.waiting))
+        )
+        self.num_steps += 1
+        preemptions = self.num_preemptions
+        if turns.decode:
+            self._plan_decodes(plan)
+        if turns.prefill:
+            if len(prefills) > 1:
+                prefills.sort(key=lambda seq: self.order.key(seq, now))
+            for seq in prefills:
+                if seq.state is State.RUNNING:
+                    self._plan_chunk(plan, seq)
+            if self.num_preemptions == preemptions:
+                self._admit(plan, now, prefills)
+        if not plan.runs and not turns.decode:
+            self._plan_decodes(plan)
+        if plan.runs:
+            plan.page_copies = [(s, d) for seq, s, d in self._copies if seq.state is State.RUNNING]
+            self._copies.clear()
+        return plan
+
+    def _plan_decodes(self, plan: Plan) -> None:
+        runs = plan.runs
+        for seq in list(self.running):
+            start = seq.num_computed
+            end = len(seq.tokens)
+            if end - start != 1 or seq.row < 0:
+                continue
+            if end > len(seq.pages) * PAGE_SIZE and not self._grow(plan, seq, end, decodes_too=True):
+                continue
+            runs.append(Run(seq, start, end))
+        plan.num_decodes = plan.num_rows = len(runs)
+
+    def _plan_chunk(self, plan: Plan, seq: Sequence) -> None:
+        """Give a prompt as many rows as budget and pages allow."""
+        for start, end in seq.pending_runs():
+            rows = self.budget.chunk(end - start, self.budget.max_batch_tokens - plan.num_rows)
+            if rows <= 0:
+                return
+            self._grow(plan, seq, start + rows, decodes_too=False)
+            rows = min(rows, len(seq.pages) * PAGE_SIZE - start)
+            if rows > 0 and seq.state is State.RUNNING:
+                plan.runs.append(Run(seq, start, start + rows))
+                plan.num_rows += rows
+
+    def _grow(self, plan: Plan, seq: Sequence, length: int, *, decodes_too: bool) -> bool:
+        """Give `seq` pages for `length` tokens, preempting who comes after it; False if it got too few.
+
+        A prompt chunk takes pages from later prompts only: later decodes drain by themselves, and nobody is
+        admitted meanwhile.
+        """
+        while seq.num_pages_missing(length) > 0:
+            page = self.cache.allocate()
+            if page is not None:
+                self.table.pages[seq.row, len(seq.pages)] = page
+                seq.pages.append(page)
+                continue
+            victims = [s for s in self.running if decodes_too or s.num_pending > 1]
+            victim = max(victims, key=lambda s: self.order.key(s, plan.now), default=seq)
+            if victim is seq and not decodes_too:
+                return False
+            self._preempt(victim)
+            plan.drop(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _preempt_for_urgent(self, now: float) -> None:
+        """Make room for a waiting sequence of a more urgent class than some running one."""
+        if not self.running:
+            return
+        head = self.waiting.head(now)
+        if head is None:
+            return
+        urgent = self.order.priority_class(head, now)
+        if urgent == 0 and self.order.policy == "fcfs":
+            return
+        while self.running and not self._fits(head, 0):
+            victim = max(self.running, key=lambda s: self.order.key(s, now))
+            if self.order.priority_class(victim, now) <= urgent:
+                return
+            self._preempt(victim)
+
+    def _fits(self, seq: Sequence, promised_pages: int) -> bool:
+        """Whether rows and pages for all tokens of a waiting `seq` are there, beside what is promised."""
+        if self.table.num_free - self._rows_promised < 1 + len(seq.siblings):
+            return False
+        hits = self._cached_pages(seq)
+        needed = seq.num_pages_missing(len(seq.tokens)) - len(hits)
+        available = self.cache.num_available - self.cache.num_idle_among(hits) - promised_pages
+        return needed <= available
+
+    def _cached_pages(self, seq: Sequence) -> list[int]:
+        """Resident pages of the longest known prefix. Prompt logprobs need every row computed: no hits then."""
+        if not self.cache.enabled or (seq.prompt_logprobs is not None and seq.num_scored < seq.num_prompt - 1):
+            return []
+        extend_chain(seq.chain, seq.root, seq.tokens, len(seq.tokens))
+        return self.cache.find(seq.chain)
+
+    def _admit(self, plan: Plan, now: float, prefills: list[Sequence]) -> None:
+        """Admit from the head of the queue while rows, pages and budget last; never past who does not fit."""
+        promised = sum(max(s.num_pages_missing(len(s.tokens)), 0) for s in prefills if s.row >= 0)
+        while plan.num_rows < self.budget.max_batch_tokens:
+            seq = self.waiting.head(now)
+            if seq is None or not self._fits(seq, promised):
+                return
+            self.waiting.remove(seq)
+            self._take_hits(seq)
+            self._start_running(seq)
+            self._rows_promised += len(seq.siblings)
+            if seq.scheduled_time < 0:
+                seq.scheduled_time = now
+            self._plan_chunk(plan, seq)
+            promised += max(seq.num_pages_missing(len(seq.tokens)), 0)
+
+    def _take_hits(self, seq: Sequence) -> None:
+        """Share the cached prefix. A full hit still computes its last row, for the logits, and stores nothing."""
+        hits = self._cached_pages(seq)
+        for page in hits:
+            self.cache.acquire(page)
+        seq.pages = hits
+        seq.num_stored = len(hits) * PAGE_SIZE
+        seq.num_registered = len(hits)
+        seq.num_computed = min(seq.num_stored, len(seq.tokens) - 1)
+        if seq.num_cached < 0:
+            seq.num_cached = seq.num_computed
+            self.prefix_queries += seq.num_prompt
+            self.prefix_hits += seq.num_computed
+
+    # --- committing --------------------------------------------------------------------------------------
+
+    def commit(self, plan: Plan, result: StepResult, now: float) -> list[SequenceDelta]:
+        """Append what was sampled, register full pages, end what is done; returns what to stream."""
+        for seq, _, end in plan.runs:
+            seq.num_computed = end
+            if end > seq.num_stored:
+                seq.num_stored = end
+            if end // PAGE_SIZE > seq.num_registered:
+                self._register(seq)
+        deltas: list[SequenceDelta] = []
+        tokens = result.token_ids.tolist()
+        for i, entry in enumerate(plan.entries):
+            if entry.target >= 0:
+                self._commit_score(entry, i, result)
+            else:
+                self._commit_token(entry.seq, tokens[i], i, result, now, deltas)
+        for run in plan.runs:
+            if run.seq.max_length <= run.seq.num_prompt and run.end == len(run.seq.tokens):
+                self._finish_unsampled(run.seq, now, deltas)
+        return deltas
+
+    def _register(self, seq: Sequence) -> None:
+        if self.cache.enabled:
+            full = seq.num_computed // PAGE_SIZE
+            extend_chain(seq.chain, seq.root, seq.tokens, seq.num_computed)
+            for index in range(seq.num_registered, full):
+                self.cache.register(seq.pages[index], seq.chain[index])
+            seq.num_registered = full
+
+    def _commit_score(self, entry: LogitEntry, i: int, result: StepResult) -> None:
+        seq = entry.seq
+        assert seq.prompt_logprobs is not None
+        seq.prompt_logprobs.append(_token_logprobs(entry.target, float(result.logprobs[i]), result.top[i]))
+        seq.num_scored += 1
+
+    def _commit_token(
+        self, seq: Sequence, token: int, i: int, result: StepResult, now: float, deltas: list[SequenceDelta]
+    ) -> None:
+        if seq.siblings:
+            self._fork(seq)
+        first = seq.num_prompt == len(seq.tokens)
+        if first:
+            seq.first_token_time = now
+        seq.append(token)
+        done = finish_if_done(seq, token)
+        logprobs = []
+        if seq.wants_logprobs:
+            logprobs.append(_token_logprobs(token, float(result.logprobs[i]), result.top[i]))
+        deltas.append(self._delta(seq, [token], logprobs, first, done, now))
+        if done:
+            self._retire(seq)
+        elif not seq.pages and seq.state is State.RUNNING:
+            self._preempt(seq)
+
+    def _finish_unsampled(self, seq: Sequence, now: float, deltas: list[SequenceDelta]) -> None:
+        """End a request of `max_tokens` 0 once its prompt is computed."""
+        siblings, seq.siblings = seq.siblings, []
+        self._rows_promised -= len(siblings)
+        for ended in (seq, *siblings):
+            ended.finish_reason = "length"
+            deltas.append(self._delta(ended, [], [], True, True, now))
+            self._retire(ended)
+
+    def _delta(
+        self,
+        seq: Sequence,
+        tokens: list[int],
+        logprobs: list[TokenLogprobs],
+        first: bool,
+        done: bool,
+        now: float,
+    ) -> SequenceDelta:
+        request = seq.request
+        last = False
+        timings = None
+        if done:
+            sequences = self.live[request.request_id]
+            last = all(s.finish_reason is not None for s in sequences)
+            if last:
+                del self.live[request.request_id]
+            timings = RequestTimings(request.arrival, seq.scheduled_time, seq.first_token_time, now)
+        return SequenceDelta(
+            request.request_id,
+            seq.index,
+            tokens,
+            logprobs,
+            seq.finish_reason,
+            seq.stop,
+            seq.prompt_logprobs if first and seq.index == 0 else None,
+            max(seq.num_cached, 0),
+            last,
+            timings,
+        )
+
+    def _fork(self, leader: Sequence) -> None:
+        """Start the other samples of a request on the leader's prompt pages, without copying full ones."""
+        siblings, leader.siblings = leader.siblings, []
+        self._rows_promised -= len(siblings)
+        for seq in siblings:
+            for page in leader.fork(seq):
+                self.cache.acquire(page)
+            if leader.num_computed % PAGE_SIZE:
+                page = self.cache.allocate()
+                if page is None:
+                    # No room for its own copy of the last page: it waits and recomputes, like a preempted one.
+                    self.cache.release(seq.truncate(0))
+                else:
+                    self._copies.append((seq, leader.pages[len(seq.pages)], page))
+                    seq.pages.append(page)
+            self._start_running(seq)
+
+    # --- invariants --------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise AssertionError unless pages, rows and states are consistent."""
+        self.cache.check(seq.pages for seq in self.running)
+        rows = [seq.row for seq in self.running]
+        if len(set(rows)) != len(rows) or len(rows) + self.table.num_free != len(self.table.pages):
+            raise AssertionError(f"rows {rows} are not one per running sequence")
+        if self._rows_promised != sum(len(seq.siblings) for seq in self.running):
+            raise AssertionError("promised rows do not add up")
+        for seq in self.running:
+            self._check_running(seq)
+        for seq in self.waiting:
+            if seq.state is not State.WAITING or seq.pages or seq.row >= 0:
+                raise AssertionError(f"a waiting sequence of {seq.request.request_id} holds pages or a row")
+        live = {seq for sequences in self.live.values() for seq in sequences}
+        for seq in (*self.running, *self.waiting):
+            if seq not in live:
+                raise AssertionError(f"{seq.request.request_id} is not live but still scheduled")
+
+    def _check_running(self, seq: Sequence) -> None:
+        table: Seq[int] = self.table.pages[seq.row, : len(seq.pages)].tolist()
+        if seq.state is not State.RUNNING or table != seq.pages:
+            raise AssertionError(f"{seq.request.request_id}: page table {table} is not {seq.pages}")
+        if not 0 <= seq.num_computed < len(seq.tokens):
+            raise AssertionError(f"{seq.request.request_id}: {seq.num_computed} of {len(seq.tokens)} computed")
+        if seq.num_stored > len(seq.pages) * PAGE_SIZE:
+            raise AssertionError(f"{seq.request.request_id}: KV is stored past the last page")
+
+
+def _token_logprobs(token: int, logprob: float, top: TopLogprobs) -> TokenLogprobs:
+    best = tuple(zip(top.token_ids.tolist(), top.logprobs.tolist(), strict=True))
+    return TokenLogprobs(token, logprob, top.rank, best)

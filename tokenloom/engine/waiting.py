@@ -1,0 +1,63 @@
+"""The waiting queue: by key, with ageing, in O(log n)."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+
+from tokenloom.engine.policies.queue_order import QueueOrder
+from tokenloom.engine.sequence import Sequence
+
+Entry = tuple[int, float, str, int, Sequence]
+
+
+class WaitingQueue:
+    """Sequences that wait for admission.
+
+    Two heaps hold every entry, one by (priority, arrival), one by arrival alone; the oldest goes first once it is
+    past the age bound. Removed entries stay in a heap until they reach its top.
+    """
+
+    def __init__(self, order: QueueOrder) -> None:
+        self.order = order
+        self._members: set[Sequence] = set()
+        self._by_priority: list[Entry] = []
+        self._by_arrival: list[Entry] = []
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._members)
+
+    def __contains__(self, seq: Sequence) -> bool:
+        return seq in self._members
+
+    def push(self, seq: Sequence) -> None:
+        request = seq.request
+        priority = request.priority if self.order.policy == "priority" else 0
+        tail = (request.arrival, request.request_id, seq.index, seq)
+        self._members.add(seq)
+        heapq.heappush(self._by_priority, (priority, *tail))
+        heapq.heappush(self._by_arrival, (0, *tail))
+
+    def remove(self, seq: Sequence) -> None:
+        """Take `seq` out; KeyError if it does not wait."""
+        self._members.remove(seq)
+        if not self._members:
+            self._by_priority.clear()
+            self._by_arrival.clear()
+
+    def head(self, now: float) -> Sequence | None:
+        """Who is next, or None."""
+        oldest = self._top(self._by_arrival)
+        if oldest is None:
+            return None
+        if now - oldest.request.arrival > self.order.age_bound:
+            return oldest
+        return self._top(self._by_priority)
+
+    def _top(self, heap: list[Entry]) -> Sequence | None:
+        while heap and heap[0][-1] not in self._members:
+            heapq.heappop(heap)
+        return heap[0][-1] if heap else None

@@ -1,0 +1,26 @@
+"""An executor that computes nothing, for measuring the step's own cost."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tokenloom.engine.batch import StepResult, Ticket, TokenBatch
+
+
+class NullExecutor:
+    """Answers every logit row with `token`."""
+
+    def __init__(self, token: int = 0) -> None:
+        self.token = token
+
+    def submit(self, batch: TokenBatch) -> Ticket:
+        return Ticket(batch)
+
+    def collect(self, ticket: Ticket) -> StepResult:
+        num_entries = len(ticket.batch.logit_rows)
+        return StepResult(
+            np.full(num_entries, self.token, np.int32), np.full(num_entries, np.nan, np.float32), {}
+        )
+
+    def close(self) -> None:
+        """Nothing to release."""
