@@ -100,6 +100,15 @@ class Config:
     runtime: RuntimeOptions = RuntimeOptions()
 
 
+SECTIONS: dict[str, type[Any]] = {
+    "model": ModelOptions,
+    "cache": CacheOptions,
+    "scheduler": SchedulerOptions,
+    "server": ServerOptions,
+    "runtime": RuntimeOptions,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Knob:
     """One field as the generators see it: its section, name, type, default, help, and allowed choices."""
@@ -122,14 +131,13 @@ class Knob:
 
 def knobs() -> Iterator[Knob]:
     """Every knob, in the order of declaration. Names are unique over all sections."""
-    for section in fields(Config):
-        options = type(section.default)
+    for section, options in SECTIONS.items():
         hints = get_type_hints(options)
         for item in fields(options):
             hint = hints[item.name]
             choices = get_args(hint) if get_origin(hint) is Literal else ()
             kind = str if choices else hint
-            yield Knob(section.name, item.name, kind, item.default, item.metadata["help"], choices)
+            yield Knob(section, item.name, kind, item.default, item.metadata["help"], choices)
 
 
 def _convert(entry: Knob, value: Any) -> Any:
@@ -153,8 +161,7 @@ def _convert(entry: Knob, value: Any) -> Any:
 
 
 def _metadata(entry: Knob) -> Field[Any]:
-    options = type(getattr(Config(), entry.section))
-    return next(item for item in fields(options) if item.name == entry.name)
+    return next(item for item in fields(SECTIONS[entry.section]) if item.name == entry.name)
 
 
 def make_config(
@@ -174,7 +181,7 @@ def make_config(
         if entry.env in environment:
             chosen[name] = environment[entry.env]
     chosen.update(values or {})
-    sections: dict[str, dict[str, Any]] = {section.name: {} for section in fields(Config)}
+    sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for name, value in chosen.items():
         entry = entries.get(name)  # type: ignore[assignment]
         if entry is None:
@@ -184,7 +191,7 @@ def make_config(
         if not metadata["check"](value):
             raise InvalidParameter(name, value, metadata["limit"])
         sections[entry.section][name] = value
-    return Config(**{section.name: type(section.default)(**sections[section.name]) for section in fields(Config)})
+    return Config(**{section: options(**sections[section]) for section, options in SECTIONS.items()})
 
 
 def _read_file(path: Path) -> dict[str, Any]:

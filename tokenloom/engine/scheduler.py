@@ -331,13 +331,13 @@ class Scheduler:
             for page in leader.fork(seq):
                 self.cache.acquire(page)
             if leader.num_computed % PAGE_SIZE:
-                page = self.cache.allocate()
-                if page is None:
+                own_page = self.cache.allocate()
+                if own_page is None:
                     # No room for its own copy of the last page: it waits and recomputes, like a preempted one.
                     self.cache.release(seq.truncate(0))
                 else:
-                    self._copies.append((seq, leader.pages[len(seq.pages)], page))
-                    seq.pages.append(page)
+                    self._copies.append((seq, leader.pages[len(seq.pages)], own_page))
+                    seq.pages.append(own_page)
             self._start_running(seq)
 
     # --- invariants --------------------------------------------------------------------------------------

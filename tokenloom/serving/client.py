@@ -1,0 +1,70 @@
+"""How the faces talk to an engine, wherever it runs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from tokenloom.engine.plan import StepRecord
+from tokenloom.engine.request import Request, SequenceDelta
+from tokenloom.text.tokenizer import Tokenizer
+
+EngineState = Literal["loading", "ready", "restarting", "failed", "stopped"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """What the API says about the served model. `max_context` is in tokens, `created` in Unix seconds;
+    `max_requests` is how many may be in flight before 429; the defaults come from generation_config.json."""
+
+    name: str
+    created: int
+    max_context: int
+    vocab_size: int
+    max_running: int
+    max_requests: int
+    numerics_id: str = ""
+    default_temperature: float | None = None
+    default_top_p: float | None = None
+    default_top_k: int | None = None
+
+
+class EngineClient(Protocol):
+    """An engine as the API process sees it."""
+
+    @property
+    def state(self) -> EngineState: ...
+
+    @property
+    def card(self) -> ModelCard:
+        """Raises `EngineDead` before the engine was ready once."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests accepted and not yet ended."""
+
+    def generate(self, request: Request) -> AsyncIterator[SequenceDelta]:
+        """Serve one request; the iterator ends after the delta with `last`.
+
+        Closing the iterator (or cancelling its task) before that cancels the request and frees all it holds.
+        Raises `InvalidParameter`, `QueueFull`, or `EngineDead` when the engine ends under the request.
+        """
+
+    def subscribe(self, observer: StepObserver) -> None:
+        """Have `observer` called with the record of every step (perhaps in bursts)."""
+
+    async def start(self) -> None:
+        """Start the engine; returns at once, `state` tells when it is ready."""
+
+    async def close(self) -> None:
+        """Cancel what runs and stop the engine."""
+
+
+class StepObserver(Protocol):
+    """Receives step records, for metrics."""
+
+    def __call__(self, record: StepRecord) -> None: ...
