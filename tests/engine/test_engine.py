@@ -1,0 +1,254 @@
+"""The engine on the simulated executor: one behaviour a test."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engine.helpers import EOS, drain, request, run, simulated_engine
+from tokenloom.engine.engine import Engine
+from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
+from tokenloom.engine.policies.queue_order import QueueOrder
+from tokenloom.engine.request import SequenceDelta
+from tokenloom.errors import ContextLengthExceeded, InvalidParameter, QueueFull
+
+
+def alone(requests: list, **options: object) -> dict[tuple[str, int], list[int]]:
+    outputs: dict[tuple[str, int], list[int]] = {}
+    for entry in requests:
+        engine = simulated_engine(num_pages=512, **options)  # type: ignore[arg-type]
+        engine.add_request(entry)
+        outputs.update(run(engine))
+    return outputs
+
+
+def batch_of(count: int, **options: object) -> list:
+    return [
+        request(f"r{i:03d}", [(7 * i + j) % 50 + 4 for j in range(5 + 13 * i % 70)], seed=i, **options)
+        for i in range(count)
+    ]
+
+
+def test_one_request_yields_max_tokens() -> None:
+    engine = simulated_engine()
+    engine.add_request(request("a", max_tokens=5))
+    deltas = drain(engine)
+    assert [len(d.token_ids) for d in deltas] == [1] * 5
+    assert [d.finish_reason for d in deltas] == [None] * 4 + ["length"]
+    assert deltas[-1].last and not any(d.last for d in deltas[:-1])
+
+
+def test_first_token_comes_with_the_last_chunk() -> None:
+    engine = simulated_engine(budget=ChunkedPrefill(max_batch_tokens=16))
+    engine.add_request(request("a", range(4, 44), max_tokens=1))
+    assert engine.step() == [] and engine.step() == []
+    (delta,) = engine.step()
+    assert delta.finish_reason == "length"
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16, 64])
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_outputs_do_not_depend_on_company(chunk: int, prefix_cache: bool) -> None:
+    requests = batch_of(24, max_tokens=20)
+    engine = simulated_engine(
+        num_pages=9,
+        budget=ChunkedPrefill(max_batch_tokens=64, max_chunk_tokens=chunk),
+        prefix_cache=prefix_cache,
+    )
+    for entry in requests:
+        engine.add_request(entry)
+    assert run(engine) == alone(batch_of(24, max_tokens=20))
+    assert engine.scheduler.num_preemptions > 0
+
+
+def test_samples_share_the_prompt_without_copies() -> None:
+    engine = simulated_engine(prefix_cache=False)
+    engine.add_request(request("a", range(4, 4 + 40), n=4, max_tokens=10))
+    engine.step()
+    engine.step()
+    assert len(engine.scheduler.running) == 4
+    # two full pages shared by all, one partial page each
+    assert len(engine.scheduler.cache.references) == 2 + 4
+    outputs = run(engine)
+    assert len({tuple(tokens) for tokens in outputs.values()}) == 4
+
+
+def test_samples_equal_under_a_pool_too_small_for_all() -> None:
+    wide = simulated_engine(num_pages=64)
+    wide.add_request(request("a", range(4, 44), n=5, max_tokens=30))
+    tight = simulated_engine(num_pages=6, pages_per_frame=1)
+    tight.add_request(request("a", range(4, 44), n=5, max_tokens=30))
+    assert run(tight) == run(wide)
+    assert tight.scheduler.num_preemptions > 0
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 32, 47, 48])
+def test_prefix_hits_of_any_length(length: int) -> None:
+    prompt = list(range(4, 4 + length))
+    engine = simulated_engine()
+    engine.add_request(request("a", prompt))
+    first = run(engine)
+    engine.add_request(request("b", prompt))
+    deltas = drain(engine)
+    assert [t for d in deltas for t in d.token_ids] == first["a", 0]
+    full = length // 16 * 16
+    assert deltas[0].num_cached_tokens == min(full, length - 1)
+
+
+def test_tenants_and_adapters_share_nothing() -> None:
+    prompt = list(range(4, 68))
+    engine = simulated_engine()
+    for name, options in {"a": {}, "b": {"tenant": "t"}, "c": {"adapter": "t"}, "d": {"tenant": "t"}}.items():
+        engine.add_request(request(name, prompt, max_tokens=1, **options))
+        (delta,) = drain(engine)
+        assert delta.num_cached_tokens == (63 if name == "d" else 0), name
+
+
+def test_prompt_logprobs_compute_every_row_and_still_register() -> None:
+    prompt = list(range(4, 54))
+    engine = simulated_engine()
+    engine.add_request(request("a", prompt, max_tokens=1))
+    drain(engine)
+    engine.add_request(request("b", prompt, max_tokens=1, prompt_logprobs=0))
+    (delta,) = drain(engine)
+    assert delta.num_cached_tokens == 0
+    assert delta.prompt_logprobs is not None
+    assert [entry.token_id for entry in delta.prompt_logprobs] == prompt[1:]
+
+
+def test_scoring_without_output() -> None:
+    engine = simulated_engine()
+    engine.add_request(request("a", range(4, 36), max_tokens=0, prompt_logprobs=1, n=2))
+    deltas = drain(engine)
+    assert [(d.sample, d.token_ids, d.finish_reason) for d in deltas] == [(0, [], "length"), (1, [], "length")]
+    assert deltas[0].prompt_logprobs is not None and len(deltas[0].prompt_logprobs) == 31
+    engine.scheduler.check()
+
+
+def test_eos_and_stop_tokens_end_a_sequence() -> None:
+    engine = simulated_engine(vocab_size=6)
+    engine.add_request(request("a", [1, 2], max_tokens=200, ignore_eos=False))
+    ended = drain(engine)[-1]
+    assert ended.finish_reason == "stop" and ended.token_ids == [EOS] and ended.stop is None
+    engine.add_request(request("b", [1, 2], max_tokens=200, stop_token_ids=[4]))
+    ended = drain(engine)[-1]
+    assert ended.finish_reason == "stop" and ended.stop == 4
+
+
+def test_cancel_frees_everything() -> None:
+    engine = simulated_engine()
+    for entry in batch_of(20, max_tokens=50):
+        engine.add_request(entry)
+    for _ in range(5):
+        engine.step()
+    for i in range(20):
+        assert engine.cancel(f"r{i:03d}")
+        engine.scheduler.check()
+    assert not engine.cancel("r000") and not engine.has_work
+    assert engine.scheduler.cache.references == {} and engine.step() == []
+
+
+def test_priorities_preempt_and_come_first() -> None:
+    engine = simulated_engine(
+        num_pages=8, pages_per_frame=1, max_running=4, order=QueueOrder("priority"), prefix_cache=False
+    )
+    for i in range(4):
+        engine.add_request(request(f"low{i}", range(4, 30), priority=5, max_tokens=20))
+    engine.step()
+    engine.add_request(request("urgent", range(4, 60), priority=0, max_tokens=2))
+    ended = [d.request_id for d in drain(engine) if d.last]
+    assert ended[0] == "urgent"
+    assert sorted(ended[1:]) == [f"low{i}" for i in range(4)]
+
+
+def test_age_bound_beats_a_flood_of_urgent_requests() -> None:
+    engine = simulated_engine(max_running=1, order=QueueOrder("priority", age_bound=1.0))
+    engine.add_request(request("old", priority=9, max_tokens=4))
+    finished_at = None
+    for step in range(400):
+        engine.add_request(request(f"urgent{step}", priority=0, max_tokens=4))
+        if any(d.request_id == "old" and d.last for d in engine.step()):
+            finished_at = engine.clock.now()
+            break
+    assert finished_at is not None and 1.0 < finished_at < 1.5
+
+
+def test_fcfs_order_of_first_tokens() -> None:
+    engine = simulated_engine(max_running=3)
+    for entry in batch_of(12, max_tokens=3):
+        engine.add_request(entry)
+    first: list[str] = []
+    for delta in drain(engine):
+        if delta.request_id not in first:
+            first.append(delta.request_id)
+    assert first == sorted(first)
+
+
+def test_decodes_never_wait_for_a_long_prompt() -> None:
+    engine = simulated_engine(num_pages=400, max_context=4096)
+    engine.add_request(request("talk", max_tokens=100))
+    engine.step()
+    engine.add_request(request("long", [4] * 3000, max_tokens=2))
+    while any(seq.request.request_id == "talk" for seq in engine.scheduler.running):
+        assert "talk" in [d.request_id for d in engine.step()]
+
+
+def test_limits_are_named() -> None:
+    engine = simulated_engine(max_context=64, max_waiting=2, num_pages=3)
+    with pytest.raises(ContextLengthExceeded, match="48 tokens.*needs 60"):
+        engine.add_request(request("a", [4] * 60))
+    with pytest.raises(InvalidParameter, match="prompt"):
+        engine.add_request(request("a", []))
+    with pytest.raises(InvalidParameter, match="token ids from 0 to 999"):
+        engine.add_request(request("a", [1000]))
+    with pytest.raises(InvalidParameter, match="logit_bias"):
+        engine.add_request(request("a", logit_bias={1000: 1.0}))
+    with pytest.raises(InvalidParameter, match="at most 16"):
+        engine.add_request(request("a", n=17))
+    engine.add_request(request("a"))
+    with pytest.raises(InvalidParameter, match="unique"):
+        engine.add_request(request("a"))
+    engine.add_request(request("b"))
+    with pytest.raises(QueueFull):
+        engine.add_request(request("c"))
+    assert len(run(engine)) == 2
+
+
+def test_long_output_ends_at_the_context() -> None:
+    engine = simulated_engine(max_context=40)
+    engine.add_request(request("a", range(4, 24), max_tokens=None))
+    deltas = drain(engine)
+    assert len(deltas) == 20 and deltas[-1].finish_reason == "length"
+
+
+def test_more_decodes_than_budget_cannot_happen() -> None:
+    budget = ChunkedPrefill(max_batch_tokens=8)
+    engine = simulated_engine(max_running=100, budget=budget)
+    assert engine.max_running == 7
+    tiny = simulated_engine(max_running=100, budget=ChunkedPrefill(max_batch_tokens=1))
+    for entry in batch_of(3, max_tokens=4):
+        tiny.add_request(entry)
+    assert run(tiny) == alone(batch_of(3, max_tokens=4))
+
+
+def test_bad_words_and_min_tokens_become_edits() -> None:
+    seen = []
+
+    def watch(engine: Engine) -> list[SequenceDelta]:
+        submit = engine.executor.submit
+
+        def spy(batch):  # type: ignore[no-untyped-def]
+            seen.append(batch.logit_rows.edits)
+            return submit(batch)
+
+        engine.executor.submit = spy  # type: ignore[method-assign]
+        return drain(engine)
+
+    engine = simulated_engine()
+    entry = request("a", [7, 8], max_tokens=3, min_tokens=2, ignore_eos=False, logit_bias={9: 2.0})
+    entry.bad_word_ids = ((11,),)
+    engine.add_request(entry)
+    watch(engine)
+    banned = [
+        {int(i) for i, v in zip(e[0].bias_ids, e[0].bias, strict=True) if v == float("-inf")} for e in seen
+    ]
+    assert banned == [{EOS, 11}, {EOS, 11}, {11}]
