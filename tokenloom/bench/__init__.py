@@ -1,0 +1,1 @@
+"""Measurements that use an engine: throughput, simulated load, capacity."""
