@@ -70,7 +70,11 @@ def workload(count: int, vocab_size: int) -> tuple[list[list[int]], list[Samplin
         prompts.append([rng.randrange(300, vocab_size) for _ in range(rng.randrange(16, 256))])
         params.append(
             SamplingParams(
-                temperature=0.8 * (i % 2), seed=i, max_tokens=rng.randrange(32, 128), ignore_eos=True, logprobs=0
+                temperature=0.8 * (i % 2),
+                seed=i,
+                max_tokens=rng.randrange(32, 128),
+                ignore_eos=True,
+                logprobs=0,
             )
         )
     return prompts, params
@@ -83,7 +87,8 @@ def outputs_of(llm: LLM, prompts: list[list[int]], params: list[SamplingParams])
         completion = out.outputs[0]
         assert completion.logprobs is not None
         logprobs = [
-            entry[token].logprob for entry, token in zip(completion.logprobs, completion.token_ids, strict=True)
+            entry[token].logprob
+            for entry, token in zip(completion.logprobs, completion.token_ids, strict=True)
         ]
         found.append({"prompt": prompt, "tokens": list(completion.token_ids), "logprobs": logprobs})
     return found
@@ -116,15 +121,19 @@ def measure_throughput(model: str, count: int, out: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="fewer steps and requests")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--out", type=Path, default=Path("bench/results/offline.jsonl"))
     parser.add_argument("--model", default="", help="checkpoint directory; the embedded model by default")
     args = parser.parse_args()
     results = measure_overhead(100 if args.quick else 500)
-    print(f"step overhead: {results['step_overhead_us_fixed']} us + "
-          f"{results['step_overhead_us_per_sequence']} us per running sequence")
+    print(
+        f"step overhead: {results['step_overhead_us_fixed']} us + "
+        f"{results['step_overhead_us_per_sequence']} us per running sequence"
+    )
     for count, value in results["step_us"].items():
         print(f"  {count:>5} sequences: {value} us")
     results["throughput"] = measure_throughput(args.model, 16 if args.quick else 64, args.out)

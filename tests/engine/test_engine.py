@@ -119,7 +119,10 @@ def test_scoring_without_output() -> None:
     engine = simulated_engine()
     engine.add_request(request("a", range(4, 36), max_tokens=0, prompt_logprobs=1, n=2))
     deltas = drain(engine)
-    assert [(d.sample, d.token_ids, d.finish_reason) for d in deltas] == [(0, [], "length"), (1, [], "length")]
+    assert [(d.sample, d.token_ids, d.finish_reason) for d in deltas] == [
+        (0, [], "length"),
+        (1, [], "length"),
+    ]
     assert deltas[0].prompt_logprobs is not None and len(deltas[0].prompt_logprobs) == 31
     engine.scheduler.check()
 
@@ -252,3 +255,37 @@ def test_bad_words_and_min_tokens_become_edits() -> None:
         {int(i) for i, v in zip(e[0].bias_ids, e[0].bias, strict=True) if v == float("-inf")} for e in seen
     ]
     assert banned == [{EOS, 11}, {EOS, 11}, {11}]
+
+
+def test_requests_that_arrive_together_share_their_prefix() -> None:
+    engine = simulated_engine(num_pages=200, budget=ChunkedPrefill(64))
+    prefix = [4 + j % 90 for j in range(128)]
+    for i in range(8):
+        engine.add_request(request(f"r{i}", [*prefix, 100 + i, 101], max_tokens=4))
+    rows = 0
+    while any(seq.num_output == 0 for group in engine.scheduler.live.values() for seq in group):
+        submit = engine.executor.submit
+        plan_rows = []
+        engine.executor.submit = lambda batch: (plan_rows.append(batch.num_rows), submit(batch))[1]  # type: ignore
+        engine.step()
+        engine.executor.submit = submit  # type: ignore[method-assign]
+        rows += sum(plan_rows)
+    assert rows <= 128 + 8 * 2 + 8 * 4
+
+
+def test_a_failed_step_cancels_and_forgets() -> None:
+    engine = simulated_engine()
+    engine.add_request(request("a", range(4, 60)))
+    run(engine)
+    engine.add_request(request("b", range(4, 60)))
+
+    def fail(batch: object) -> None:
+        raise RuntimeError("broken")
+
+    submit, engine.executor.submit = engine.executor.submit, fail  # type: ignore
+    with pytest.raises(RuntimeError, match="broken"):
+        engine.step()
+    engine.executor.submit = submit  # type: ignore[method-assign]
+    assert not engine.has_work and engine.scheduler.cache.pages.num_used == 0
+    engine.add_request(request("b", range(4, 60)))
+    assert len(run(engine)["b", 0]) == 8

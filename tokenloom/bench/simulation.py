@@ -55,7 +55,9 @@ class SimulatedMachine:
     max_context: int = 20_480
 
 
-def simulate(machine: SimulatedMachine, budget: ChunkedPrefill, workload: Sequence[Arrival]) -> LatencySummary:
+def simulate(
+    machine: SimulatedMachine, budget: ChunkedPrefill, workload: Sequence[Arrival]
+) -> LatencySummary:
     """Serve the whole workload; returns what its clients saw."""
     clock = VirtualClock()
     engine = Engine(

@@ -134,7 +134,10 @@ class TokenBatch:
             chain = self.parents[begin:end] < 0
             first = int(self.context_lens[s])
             if self.work[s] in (Work.PREFILL, Work.DECODE):
-                if not chain.all() or (self.logical[begin:end] != np.arange(first, first + end - begin)).any():
+                if (
+                    not chain.all()
+                    or (self.logical[begin:end] != np.arange(first, first + end - begin)).any()
+                ):
                     raise ValueError(f"segment {s}: rows are not a run after {first} tokens")
             pages = self.page_tables[s]
             for row in range(begin, end):

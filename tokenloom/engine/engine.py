@@ -91,7 +91,9 @@ class Engine:
             if not 0 <= token < self.limits.vocab_size:
                 raise InvalidParameter("prompt", token, f"token ids from 0 to {self.limits.vocab_size - 1}")
         if params.n > self.max_running:
-            raise InvalidParameter("n", params.n, f"at most {self.max_running}, the sequences that run at once")
+            raise InvalidParameter(
+                "n", params.n, f"at most {self.max_running}, the sequences that run at once"
+            )
         params.check_vocabulary(self.limits.vocab_size)
 
     def add_request(self, request: Request) -> None:
@@ -131,8 +133,22 @@ class Engine:
         """End a request and free all it holds; False if it is not live."""
         return self.scheduler.cancel(request_id)
 
+    def reset(self) -> list[str]:
+        """Cancel every request and forget every cached page (after a failed step, KV cannot be trusted).
+
+        Returns the ids of the cancelled requests.
+        """
+        cancelled = list(self.scheduler.live)
+        for request_id in cancelled:
+            self.scheduler.cancel(request_id)
+        self.scheduler.cache.clear()
+        return cancelled
+
     def step(self) -> list[SequenceDelta]:
-        """Run one step; returns what each sequence got. Empty when nothing can run."""
+        """Run one step; returns what each sequence got. Empty when nothing can run.
+
+        When the executor raises, every request is cancelled (see `reset`) and the error goes on.
+        """
         started = perf_counter()
         plan = self.scheduler.plan(self.clock.now())
         if not plan.runs:
@@ -142,7 +158,11 @@ class Engine:
         if self.limits.debug:
             batch.check()
         built = perf_counter()
-        result = self.executor.collect(self.executor.submit(batch))
+        try:
+            result = self.executor.collect(self.executor.submit(batch))
+        except BaseException:
+            self.reset()
+            raise
         executed = perf_counter()
         deltas = self.scheduler.commit(plan, result, self.clock.now())
         if self.limits.debug:

@@ -43,7 +43,9 @@ class PageClass:
     `pages_per_frame` is how many pages one frame holds; `max_pages` bounds the class (None: the whole pool).
     """
 
-    def __init__(self, name: str, pool: FramePool, pages_per_frame: int, max_pages: int | None = None) -> None:
+    def __init__(
+        self, name: str, pool: FramePool, pages_per_frame: int, max_pages: int | None = None
+    ) -> None:
         self.name = name
         self.pool = pool
         self.pages_per_frame = pages_per_frame

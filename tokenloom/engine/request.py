@@ -92,4 +92,3 @@ class StopCheckerFactory(Protocol):
 def no_stop_strings(prompt_token_ids: Sequence[int], params: SamplingParams) -> StopChecker | None:
     """The factory of engines without a tokenizer; stop strings never match."""
     return None
-

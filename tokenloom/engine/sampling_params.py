@@ -94,7 +94,9 @@ class SamplingParams:
                 name = "stop" if text in self.stop else "bad_words"
                 raise InvalidParameter(name, text, f"strings of 1 to {MAX_STOP_CHARS} characters")
         if len(self.logit_bias) > MAX_BIAS:
-            raise InvalidParameter("logit_bias", f"{len(self.logit_bias)} entries", f"at most {MAX_BIAS} entries")
+            raise InvalidParameter(
+                "logit_bias", f"{len(self.logit_bias)} entries", f"at most {MAX_BIAS} entries"
+            )
         for value in self.logit_bias.values():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not -100 <= value <= 100:
                 raise InvalidParameter("logit_bias", value, "numbers from -100 to 100")

@@ -140,9 +140,12 @@ class Scheduler:
                 return
             self._grow(plan, seq, start + rows, decodes_too=False)
             rows = min(rows, len(seq.pages) * PAGE_SIZE - start)
-            if rows > 0 and seq.state is State.RUNNING:
+            if rows > 0:
                 plan.runs.append(Run(seq, start, start + rows))
                 plan.num_rows += rows
+                # Who is planned after this may share these pages in the very same step: each layer stores
+                # the K and V of all rows before it attends. Nobody planned here is dropped any more.
+                self._register(seq, start + rows)
 
     def _grow(self, plan: Plan, seq: Sequence, length: int, *, decodes_too: bool) -> bool:
         """Give `seq` pages for `length` tokens, preempting who comes after it; False if it got too few.
@@ -193,7 +196,9 @@ class Scheduler:
 
     def _cached_pages(self, seq: Sequence) -> list[int]:
         """Resident pages of the longest known prefix. Prompt logprobs need every row computed: no hits then."""
-        if not self.cache.enabled or (seq.prompt_logprobs is not None and seq.num_scored < seq.num_prompt - 1):
+        if not self.cache.enabled or (
+            seq.prompt_logprobs is not None and seq.num_scored < seq.num_prompt - 1
+        ):
             return []
         extend_chain(seq.chain, seq.root, seq.tokens, len(seq.tokens))
         return self.cache.find(seq.chain)
@@ -237,7 +242,7 @@ class Scheduler:
             if end > seq.num_stored:
                 seq.num_stored = end
             if end // PAGE_SIZE > seq.num_registered:
-                self._register(seq)
+                self._register(seq, end)
         deltas: list[SequenceDelta] = []
         tokens = result.token_ids.tolist()
         for i, entry in enumerate(plan.entries):
@@ -250,13 +255,14 @@ class Scheduler:
                 self._finish_unsampled(run.seq, now, deltas)
         return deltas
 
-    def _register(self, seq: Sequence) -> None:
+    def _register(self, seq: Sequence, length: int) -> None:
+        """Make the full pages of tokens[:length] findable."""
         if self.cache.enabled:
-            full = seq.num_computed // PAGE_SIZE
-            extend_chain(seq.chain, seq.root, seq.tokens, seq.num_computed)
+            full = length // PAGE_SIZE
+            extend_chain(seq.chain, seq.root, seq.tokens, length)
             for index in range(seq.num_registered, full):
                 self.cache.register(seq.pages[index], seq.chain[index])
-            seq.num_registered = full
+            seq.num_registered = max(full, seq.num_registered)
 
     def _commit_score(self, entry: LogitEntry, i: int, result: StepResult) -> None:
         seq = entry.seq
@@ -365,7 +371,9 @@ class Scheduler:
         if seq.state is not State.RUNNING or table != seq.pages:
             raise AssertionError(f"{seq.request.request_id}: page table {table} is not {seq.pages}")
         if not 0 <= seq.num_computed < len(seq.tokens):
-            raise AssertionError(f"{seq.request.request_id}: {seq.num_computed} of {len(seq.tokens)} computed")
+            raise AssertionError(
+                f"{seq.request.request_id}: {seq.num_computed} of {len(seq.tokens)} computed"
+            )
         if seq.num_stored > len(seq.pages) * PAGE_SIZE:
             raise AssertionError(f"{seq.request.request_id}: KV is stored past the last page")
 
