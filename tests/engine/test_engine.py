@@ -289,3 +289,16 @@ def test_a_failed_step_cancels_and_forgets() -> None:
     assert not engine.has_work and engine.scheduler.cache.pages.num_used == 0
     engine.add_request(request("b", range(4, 60)))
     assert len(run(engine)["b", 0]) == 8
+
+
+def test_a_full_hit_computes_one_row_and_stores_nothing() -> None:
+    engine = simulated_engine()
+    engine.add_request(request("a", range(4, 36), max_tokens=1))
+    drain(engine)
+    engine.add_request(request("b", range(4, 36), max_tokens=1))
+    batches = []
+    submit = engine.executor.submit
+    engine.executor.submit = lambda batch: (batches.append(batch), submit(batch))[1]  # type: ignore
+    drain(engine)
+    (batch,) = batches
+    assert batch.num_rows == 1 and batch.slots.tolist() == [-1] and batch.positions.tolist() == [31]

@@ -1,0 +1,122 @@
+"""Every pair of features on random workloads, with `==` on tokens and logprobs against the plain engine.
+
+The plain engine serves each request alone: one chunk, no prefix cache, a large pool.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.matrix.workload import CONFIG, Outputs, Setup, base_requests, serve
+from tokenloom.engine.engine import Engine
+from tokenloom.engine.policies.queue_order import QueueOrder
+from tokenloom.engine.request import Request
+from tokenloom.engine.sampling_params import SamplingParams
+
+
+def cancels(engine: Engine, step: int) -> None:
+    """Others come and go all the time."""
+    if step < 40:
+        rng = random.Random(step)
+        prompt = [rng.randrange(CONFIG.vocab_size) for _ in range(rng.randrange(1, 60))]
+        params = SamplingParams(temperature=1.0, seed=step, max_tokens=30, ignore_eos=True)
+        engine.add_request(Request(request_id=f"extra-c{step}", prompt_token_ids=prompt, params=params))
+        engine.cancel(f"extra-c{step - 3}")
+
+
+def company(engine: Engine, step: int) -> None:
+    """64 others in flight."""
+    if step == 0:
+        for i in range(64):
+            params = SamplingParams(temperature=1.0, seed=i, max_tokens=10, ignore_eos=True)
+            engine.add_request(
+                Request(
+                    request_id=f"extra-o{i}",
+                    prompt_token_ids=[(i * j) % 211 for j in range(9)],
+                    params=params,
+                )
+            )
+
+
+def urgent(engine: Engine, step: int) -> None:
+    """More urgent requests preempt."""
+    if step in (2, 4, 6):
+        params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+        engine.add_request(
+            Request(request_id=f"extra-u{step}", prompt_token_ids=[step] * 90, params=params, priority=-1)
+        )
+
+
+SETUPS: dict[str, dict[str, Any]] = {
+    "chunk_1": {"max_chunk_tokens": 1},
+    "chunk_7": {"max_chunk_tokens": 7},
+    "small_budget": {"max_batch_tokens": 24},
+    "prefix_cache": {"prefix_cache": True},
+    "tiny_pool": {"num_pages": 21},
+    "few_at_once": {"max_running": 4},
+    "company": {"during": company},
+    "cancels": {"during": cancels},
+    "urgent": {"during": urgent, "order": QueueOrder("priority")},
+    "bfloat16": {"dtype": "bfloat16"},
+}
+PARAMS: dict[str, dict[str, Any]] = {
+    "sampled": {"temperature": 0.9},
+    "nucleus": {"temperature": 1.2, "top_p": 0.8, "top_k": 40, "min_p": 0.01},
+    "samples_3": {"n": 3, "temperature": 1.0},
+    "penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.3},
+    "bias": {"logit_bias": {5: 4.0, 9: -100.0}},
+    "allowed": {"allowed_token_ids": tuple(range(0, 200, 3))},
+    "min_tokens": {"min_tokens": 4},
+    "stop_tokens": {"stop_token_ids": tuple(range(100, 140))},
+    "ignore_eos": {"ignore_eos": True},
+    "prompt_logprobs": {"prompt_logprobs": 2},
+    "many_logprobs": {"logprobs": 20},
+}
+BAD_WORDS = ((11,), (20, 30), (33, 34, 35))
+
+
+def changed(requests: list[Request], *names: str) -> list[Request]:
+    out = []
+    for request in requests:
+        options: dict[str, Any] = {}
+        for name in names:
+            options |= PARAMS.get(name, {})
+        params = replace(request.params, **options)
+        bad_words = BAD_WORDS if "bad_words" in names else ()
+        out.append(replace(request, params=params, bad_word_ids=bad_words))
+    return out
+
+
+FEATURES = [*SETUPS, *PARAMS, "bad_words"]
+_plain: dict[Any, Outputs] = {}
+
+
+def plain(names: frozenset[str], seed: int) -> Outputs:
+    """Each request alone, with the same parameters and arithmetic."""
+    key = (names, seed)
+    if key not in _plain:
+        dtype = "bfloat16" if "bfloat16" in names else "float32"
+        outputs: Outputs = {}
+        for request in changed(base_requests(seed), *sorted(names)):
+            outputs |= serve(Setup(dtype=dtype), [request])
+        _plain[key] = outputs
+    return _plain[key]
+
+
+@pytest.mark.parametrize(("one", "two"), list(itertools.combinations(FEATURES, 2)))
+def test_pair(one: str, two: str) -> None:
+    seed = FEATURES.index(one) % 3
+    options = SETUPS.get(one, {}) | SETUPS.get(two, {})
+    hooks: list[Callable[[Engine, int], None]] = [
+        SETUPS[name]["during"] for name in (one, two) if "during" in SETUPS.get(name, {})
+    ]
+    options["during"] = lambda engine, step: [hook(engine, step) for hook in hooks]
+    names = frozenset({one, two} & ({*PARAMS, "bad_words", "bfloat16"}))
+    outputs = serve(Setup(**options), changed(base_requests(seed), one, two))
+    assert outputs == plain(names, seed)

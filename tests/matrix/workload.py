@@ -1,0 +1,132 @@
+"""Features as data: what each changes in the engine or in its requests, and the plain run to compare with."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tokenloom.engine.batch import PAGE_SIZE
+from tokenloom.engine.engine import Engine, EngineLimits
+from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
+from tokenloom.engine.policies.queue_order import QueueOrder
+from tokenloom.engine.request import Request, TokenLogprobs
+from tokenloom.engine.sampling_params import SamplingParams
+from tokenloom.models.config import ModelConfig, RopeConfig
+from tokenloom.models.llama import build
+from tokenloom.models.rope import rope_tables
+from tokenloom.runtime.local import LocalExecutor
+
+CONFIG = ModelConfig(
+    family="llama",
+    vocab_size=211,
+    hidden_size=48,
+    intermediate_size=80,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=12,
+    max_context=320,
+    rms_norm_eps=1e-5,
+    rope=RopeConfig(rotary_dim=12),
+)
+EOS = 7
+Outputs = dict[tuple[str, int], tuple[list[int], list[TokenLogprobs], Any, Any, Any]]
+
+
+def random_weights(seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for spec in build(CONFIG).weights:
+        scale = 1.0 if len(spec.shape) == 1 else 2.5 / np.sqrt(spec.shape[-1])
+        weights[spec.name] = (rng.standard_normal(spec.shape) * scale).astype(np.float32)
+    return weights
+
+
+WEIGHTS = random_weights()
+ROPE = rope_tables(CONFIG, CONFIG.max_context)
+
+
+@dataclass
+class Setup:
+    """How the engine of a run is built and driven."""
+
+    num_pages: int = 400
+    max_running: int = 64
+    max_batch_tokens: int = 512
+    max_chunk_tokens: int = 0
+    prefix_cache: bool = False
+    order: QueueOrder = field(default_factory=QueueOrder)
+    dtype: str = "float32"
+    during: Callable[[Engine, int], None] | None = None
+
+
+def make_engine(setup: Setup) -> Engine:
+    program = build(CONFIG)
+    item = 2 if setup.dtype == "bfloat16" else 4
+    page_bytes = program.kv.page_elements(PAGE_SIZE) * item
+    executor = LocalExecutor(
+        program,
+        WEIGHTS,
+        ROPE,
+        num_frames=setup.num_pages,
+        frame_bytes=page_bytes,
+        pages_per_frame=1,
+        dtype=setup.dtype,
+        kv_dtype=setup.dtype,
+    )
+    limits = EngineLimits(
+        vocab_size=CONFIG.vocab_size,
+        max_context=CONFIG.max_context,
+        num_pages=setup.num_pages,
+        max_running=setup.max_running,
+        eos_token_ids=(EOS,),
+        prefix_cache=setup.prefix_cache,
+        debug=True,
+    )
+    budget = ChunkedPrefill(setup.max_batch_tokens, setup.max_chunk_tokens)
+    return Engine(executor, limits, budget=budget, order=setup.order)
+
+
+def serve(setup: Setup, requests: list[Request]) -> Outputs:
+    """Everything each sample got: tokens, logprobs, finish reason, stop, prompt logprobs."""
+    engine = make_engine(setup)
+    for request in requests:
+        engine.add_request(request)
+    outputs: Outputs = {}
+    for step in range(20_000):
+        if not engine.has_work:
+            break
+        if setup.during is not None:
+            setup.during(engine, step)
+        for delta in engine.step():
+            tokens, logprobs, _, _, scored = outputs.get(
+                (delta.request_id, delta.sample), ([], [], None, None, None)
+            )
+            outputs[delta.request_id, delta.sample] = (
+                tokens + delta.token_ids,
+                logprobs + delta.logprobs,
+                delta.finish_reason,
+                delta.stop,
+                scored if delta.prompt_logprobs is None else delta.prompt_logprobs,
+            )
+    assert not engine.has_work
+    assert not engine.scheduler.cache.references
+    engine.close()
+    return {key: value for key, value in outputs.items() if not key[0].startswith("extra")}
+
+
+def base_requests(seed: int, count: int = 5) -> list[Request]:
+    """Prompts that share prefixes in part, of lengths around page and split borders."""
+    rng = random.Random(seed)
+    common = [rng.randrange(CONFIG.vocab_size) for _ in range(140)]
+    requests = []
+    for i in range(count):
+        prompt = common[: rng.choice([0, 16, 33, 128, 140])]
+        prompt = prompt + [rng.randrange(CONFIG.vocab_size) for _ in range(rng.randrange(1, 40))]
+        params = SamplingParams(temperature=0.0, seed=i, max_tokens=rng.randrange(4, 20), logprobs=2)
+        requests.append(Request(request_id=f"r{i}", prompt_token_ids=prompt, params=params))
+    return requests
