@@ -1,0 +1,197 @@
+"""Reads the tokenizer of a local Hugging Face directory; everything a file may get wrong is found here.
+
+Which file wins follows transformers 5: `tokenizer.json` is the tokenizer; tokens listed only in
+`tokenizer_config.json` are added to it; `special_tokens_map.json` counts only for directories that are too
+old to have `added_tokens_decoder`; a chat template in its own file wins over one in `tokenizer_config.json`.
+`add_bos_token` and `add_eos_token` are checked but change nothing: the post-processor in `tokenizer.json`
+says which tokens are put around a text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from tokenloom.errors import ModelError
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """What a directory says.
+
+    The tokenizer with all its tokens, the named special tokens ("bos_token" -> "<s>"), and the chat templates
+    by name ("default", "tool_use").
+    """
+
+    backend: tokenizers.Tokenizer
+    special_tokens: Mapping[str, str]
+    chat_templates: Mapping[str, str]
+
+
+def read_tokenizer_files(directory: Path) -> TokenizerFiles:
+    """Read and check the tokenizer files of `directory`; raises `ModelError`."""
+    if not directory.is_dir():
+        raise ModelError(f"no directory {directory}", "a local directory with a Hugging Face tokenizer")
+    backend = _read_backend(directory)
+    config = _read_object(directory / "tokenizer_config.json")
+    for flag in ("add_bos_token", "add_eos_token", "split_special_tokens"):
+        if config.get(flag) not in (None, True, False):
+            raise ModelError(f"{flag} {config[flag]!r} in tokenizer_config.json", "true or false")
+    templates = _chat_templates(directory, config)
+    if "added_tokens_decoder" not in config:
+        config.update(_read_object(directory / "special_tokens_map.json"))
+    _add_declared_tokens(backend, config.get("added_tokens_decoder"))
+    special_tokens = _add_special_tokens(backend, config)
+    backend.encode_special_tokens = bool(config.get("split_special_tokens"))
+    # Lengths are limited by the server, which says so; a tokenizer that cuts a prompt silently would hide it.
+    backend.no_truncation()
+    backend.no_padding()
+    return TokenizerFiles(backend, special_tokens, templates)
+
+
+def _read_backend(directory: Path) -> tokenizers.Tokenizer:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        others = [
+            name for name in ("tokenizer.model", "vocab.json", "tekken.json") if (directory / name).is_file()
+        ]
+        found = f"{', '.join(others)} but no tokenizer.json" if others else "no tokenizer.json"
+        raise ModelError(f"{found} in {directory}", "a tokenizer.json of the `tokenizers` library")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception for a malformed file
+        raise ModelError(
+            f"{path} that cannot be read ({error})", "a tokenizer.json of the `tokenizers` library"
+        ) from error
+
+
+def _read_text(path: Path) -> str | None:
+    """The file's text, or None if there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} that cannot be read ({error})", "a text file in UTF-8") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in the file; empty if there is no such file."""
+    text = _read_text(path)
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} that is not JSON ({error})", "a JSON object") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} that holds a JSON {type(value).__name__}", "a JSON object")
+    return value
+
+
+def _added_token(name: str, value: object, special: bool) -> tokenizers.AddedToken | None:
+    """The token that a field means, given as text or as an object with `content` and flags; None for none."""
+    if value is None or value is False or value == "":
+        return None
+    if isinstance(value, str):
+        return tokenizers.AddedToken(value, special=special)
+    if isinstance(value, dict) and isinstance(value.get("content"), str):
+        flags = {flag: value[flag] for flag in _TOKEN_FLAGS if isinstance(value.get(flag), bool)}
+        return tokenizers.AddedToken(value["content"], **{"special": special, **flags})
+    raise ModelError(
+        f"{name} {value!r} in the tokenizer's configuration", "a string or an object with `content`"
+    )
+
+
+def _add_declared_tokens(backend: tokenizers.Tokenizer, declared: object) -> None:
+    """Add the tokens of `added_tokens_decoder` (id -> token) that tokenizer.json lacks, under their ids."""
+    if declared is None:
+        return
+    if not isinstance(declared, dict) or not all(str(key).isdecimal() for key in declared):
+        raise ModelError("an added_tokens_decoder of another form", "a JSON object from token ids to tokens")
+    known = {str(token): token for token in backend.get_added_tokens_decoder().values()}
+    for token_id, value in sorted(((int(key), value) for key, value in declared.items()), key=itemgetter(0)):
+        token = _added_token("added_tokens_decoder", value, special=False)
+        # The library takes a token with the same content and other flags as a change of the flags.
+        if token is not None and repr(known.get(token.content)) != repr(token):
+            backend.add_tokens([token])
+        if token is not None and backend.token_to_id(token.content) != token_id:
+            raise ModelError(
+                f"token {token.content!r} with id {backend.token_to_id(token.content)} in tokenizer.json and "
+                f"id {token_id} in tokenizer_config.json",
+                "files that agree",
+            )
+
+
+def _add_special_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> dict[str, str]:
+    """Mark the special tokens that the configuration names; returns them by name.
+
+    A named token that the vocabulary lacks is left out. (transformers gives it the next free id, but the
+    model has no row for that id, so a prompt with it could not be computed.)
+    """
+    others = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if not isinstance(others, (list, dict)):
+        raise ModelError(
+            f"extra_special_tokens {others!r}", "a list of tokens, or an object from names to tokens"
+        )
+    fields: dict[str, Any] = {name: config.get(name) for name in _NAMED_TOKENS}
+    fields.update({k: v for k, v in config.items() if k.endswith("_token") and isinstance(v, (str, dict))})
+    fields.update(others if isinstance(others, dict) else {})
+    named = {name: _added_token(name, value, special=True) for name, value in fields.items()}
+    unnamed = (
+        []
+        if isinstance(others, dict)
+        else [_added_token("extra_special_tokens", v, special=True) for v in others]
+    )
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for token in (*named.values(), *unnamed):
+        if token is None or backend.token_to_id(token.content) is None or token.content in known:
+            continue
+        backend.add_special_tokens([token])
+        known.add(token.content)
+    return {
+        name: token.content
+        for name, token in named.items()
+        if token is not None and backend.token_to_id(token.content) is not None
+    }
+
+
+def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates by name; a file of its own wins over the configuration, as a whole."""
+    templates: dict[str, str] = {}
+    single = _read_text(directory / "chat_template.jinja")
+    if single is not None:
+        templates["default"] = single
+    more = directory / "additional_chat_templates"
+    for path in sorted(more.glob("*.jinja")) if more.is_dir() else ():
+        templates[path.stem] = _read_text(path) or ""
+    if templates:
+        return templates
+    templates = _inline_templates(config.get("chat_template"), "tokenizer_config.json")
+    if templates:
+        return templates
+    return _inline_templates(
+        _read_object(directory / "chat_template.json").get("chat_template"), "chat_template.json"
+    )
+
+
+def _inline_templates(value: object, where: str) -> dict[str, str]:
+    """A template as a string, several as [{"name": ..., "template": ...}] or {name: template}."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        value = {entry.get("name"): entry.get("template") for entry in value}
+    if isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair):
+        return dict(value)
+    raise ModelError(f"a chat_template of another form in {where}", "a string, or a list of named templates")
