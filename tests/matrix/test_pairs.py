@@ -85,7 +85,7 @@ def changed(requests: list[Request], *names: str) -> list[Request]:
     out = []
     for request in requests:
         options: dict[str, Any] = {}
-        for name in names:
+        for name in sorted(names):
             options |= PARAMS.get(name, {})
         params = replace(request.params, **options)
         bad_words = BAD_WORDS if "bad_words" in names else ()
@@ -103,7 +103,7 @@ def plain(names: frozenset[str], seed: int) -> Outputs:
     if key not in _plain:
         dtype = "bfloat16" if "bfloat16" in names else "float32"
         outputs: Outputs = {}
-        for request in changed(base_requests(seed), *sorted(names)):
+        for request in changed(base_requests(seed), *names):
             outputs |= serve(Setup(dtype=dtype), [request])
         _plain[key] = outputs
     return _plain[key]

@@ -1,0 +1,1 @@
+"""The program in numpy: the backend that runs wherever numpy runs."""

@@ -1,0 +1,389 @@
+"""The forward pass as data: a flat list of op records over named buffers.
+
+A family (`models/`) emits the records once at load through a `ProgramBuilder`; a backend walks the list each
+step. Every record states the arithmetic that it stands for and where values are rounded, so that a backend has
+nothing to decide. Buffers hold one row per row of the token batch.
+
+```
+Embed -> x
+per layer:  RMSNorm(x) -> h   Linear(h) -> qkv   RopeStore(qkv) -> q, KV pool   Attention(q, KV pool) -> a
+            Linear(a) += x    RMSNorm(x) -> h    Linear(h), silu_mul -> m       Linear(m) += x
+RMSNorm(x) -> h;  Head(h): logits of the rows that need them
+```
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+BufferDtype = Literal["float32", "activation"]
+Epilogue = Literal["none", "silu_mul", "residual"]
+
+
+@dataclass(frozen=True, slots=True)
+class BufferSpec:
+    """A named array of `width` elements per row.
+
+    dtype "float32" is exact; "activation" is rounded to the activation format of the executor when it is
+    written (bfloat16: round to nearest even; float32: not at all). A buffer lives for one step unless `kept`
+    (saved activations of tuning).
+    """
+
+    name: str
+    width: int
+    dtype: BufferDtype = "float32"
+    kept: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """A weight as the program wants it: `shape` [out, in] for linears, [n] for vectors.
+
+    `sources` are the Hugging Face tensors that are concatenated along axis 0. `transposed`: the checkpoint
+    stores [in, out]. `optional`: a checkpoint may lack it, and the loader then leaves it out (biases only: the
+    op runs without it).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    optional: bool = False
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """out[row] = weight[token_ids[row]] in fp32 (exact)."""
+
+    weight: str
+    out: str
+
+
+@dataclass(frozen=True, slots=True)
+class RMSNorm:
+    """out = (source / sqrt(mean(source^2) + epsilon)) * weight, in fp32, rounded once to the dtype of `out`.
+
+    With `add`, source += add (fp32, stored) comes first. Root mean square layer normalisation, Zhang and
+    Sennrich 2019.
+    """
+
+    source: str
+    weight: str
+    out: str
+    epsilon: float
+    add: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """y = source @ weight.T with one fp32 accumulator per element, + bias, + delta, then the epilogue in fp32.
+
+    none: out = y. residual: out += y. silu_mul: weight stacks gate and up, y = [g, u] and
+    out = (g / (1 + exp(-g))) * u, half as wide. The result is rounded once to the dtype of `out`. `delta` names
+    an fp32 buffer as wide as y (an adapter's product); it is added before the epilogue.
+    """
+
+    source: str
+    weight: str
+    out: str
+    bias: str | None = None
+    epilogue: Epilogue = "none"
+    delta: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RopeStore:
+    """Split qkv = [q heads | k heads | v heads], rotate q and k, store k and v of layer `layer` in the KV pool.
+
+    The leading `rotary_dim` dimensions of a head rotate in halves (x1, x2):
+    (x1 * cos - x2 * sin, x2 * cos + x1 * sin), each product and the sum rounded to fp32 (RoFormer, Su et al.
+    2021, in the half-split layout of Hugging Face). `q_norm` and `k_norm` name weights [head_dim] of an RMSNorm
+    over each head before the rotation. q goes to `out` in fp32; k and v are rounded once to the KV dtype. A
+    stored value that is not finite is replaced (NaN by 0, infinities by the largest number), so that a broken
+    request cannot poison a page that another one gets later.
+    """
+
+    source: str
+    out: str
+    layer: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    q_norm: str | None = None
+    k_norm: str | None = None
+    epsilon: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """out = softmax(q . k) . v over the keys that a row sees, in splits of 128 keys of its path.
+
+    q is multiplied by `scale` (one fp32 rounding) before the dot products. Per split: m = max of scores,
+    p = exp(score - m), l = sum of p, o = p @ v; splits merge in order by
+    (m, l, o) <- (m', l e^(m-m') + l_s e^(m_s-m'), o e^(m-m') + o_s e^(m_s-m')) with m' = max(m, m_s), and
+    out = o / l, rounded once (online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022).
+    `window` w: a row sees only its last w keys, itself included.
+    """
+
+    source: str
+    out: str
+    layer: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
+
+
+Op = Embed | RMSNorm | Linear | RopeStore | Attention
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """logits = source @ weight.T in fp32 for the rows that need them; softcap c: c * tanh(logits / c)."""
+
+    source: str
+    weight: str
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KVGeometry:
+    """What one token leaves in the KV pool; a page is [layers, 2 (K, V), kv_heads, 16, head_dim]."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+    def page_elements(self, page_size: int = 16) -> int:
+        """Elements of one page of `page_size` slots."""
+        return self.num_layers * 2 * self.num_kv_heads * page_size * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One forward pass; `check()` states which programs are legal."""
+
+    ops: tuple[Op, ...]
+    head: Head
+    buffers: tuple[BufferSpec, ...]
+    weights: tuple[WeightSpec, ...]
+    kv: KVGeometry
+    vocab_size: int
+
+    def check(self) -> None:
+        """Raise ValueError unless every name is known, every buffer is written before it is read, and all
+        shapes agree."""
+        _check(self)
+
+
+class ProgramBuilder:
+    """Collects records; each method appends one op and returns the name of the buffer that it writes.
+
+    Weights are declared where they are used: `weight(sources, shape)` returns the name, and asking twice for
+    the same sources (tied embeddings) gives the same weight.
+    """
+
+    def __init__(self, kv: KVGeometry, vocab_size: int) -> None:
+        self._kv = kv
+        self._vocab_size = vocab_size
+        self._ops: list[Op] = []
+        self._buffers: dict[str, BufferSpec] = {}
+        self._weights: dict[str, WeightSpec] = {}
+
+    def buffer(self, name: str, width: int, dtype: BufferDtype = "float32", *, kept: bool = False) -> str:
+        """Declare a buffer (again is fine when nothing differs)."""
+        spec = BufferSpec(name, width, dtype, kept)
+        if self._buffers.setdefault(name, spec) != spec:
+            raise ValueError(f"buffer {name} is declared as {self._buffers[name]} and as {spec}")
+        return name
+
+    def weight(self, sources: str | tuple[str, ...], *shape: int, optional: bool = False) -> str:
+        """Declare a weight made of the Hugging Face tensors `sources`."""
+        names = (sources,) if isinstance(sources, str) else sources
+        name = "+".join(names)
+        spec = WeightSpec(name, shape, names, optional)
+        if self._weights.setdefault(name, spec) != spec:
+            raise ValueError(f"weight {name} is declared as {self._weights[name]} and as {spec}")
+        return name
+
+    def embed(self, weight: str, out: str) -> str:
+        self._ops.append(Embed(weight, out))
+        return out
+
+    def rms_norm(self, source: str, weight: str, out: str, epsilon: float, *, add: str | None = None) -> str:
+        self._ops.append(RMSNorm(source, weight, out, epsilon, add))
+        return out
+
+    def linear(
+        self, source: str, weight: str, out: str, *, bias: str | None = None, epilogue: Epilogue = "none"
+    ) -> str:
+        self._ops.append(Linear(source, weight, out, bias, epilogue))
+        return out
+
+    def rope_store(self, source: str, out: str, *, layer: int, num_heads: int, rotary_dim: int) -> str:
+        self._ops.append(
+            RopeStore(source, out, layer, num_heads, self._kv.num_kv_heads, self._kv.head_dim, rotary_dim)
+        )
+        return out
+
+    def attention(
+        self, source: str, out: str, *, layer: int, num_heads: int, scale: float, window: int | None = None
+    ) -> str:
+        kv = self._kv
+        self._ops.append(Attention(source, out, layer, num_heads, kv.num_kv_heads, kv.head_dim, scale, window))
+        return out
+
+    def finish(self, source: str, weight: str, *, softcap: float | None = None) -> Program:
+        """The checked program whose logits are source @ weight.T."""
+        program = Program(
+            ops=tuple(self._ops),
+            head=Head(source, weight, softcap),
+            buffers=tuple(self._buffers.values()),
+            weights=tuple(self._weights.values()),
+            kv=self._kv,
+            vocab_size=self._vocab_size,
+        )
+        program.check()
+        return program
+
+
+class _Checker:
+    """Walks the ops in order and remembers what has been written."""
+
+    def __init__(self, program: Program) -> None:
+        self.kv = program.kv
+        self.vocab_size = program.vocab_size
+        self.widths = {spec.name: spec.width for spec in program.buffers}
+        self.float32 = {spec.name for spec in program.buffers if spec.dtype == "float32"}
+        self.shapes = {spec.name: spec.shape for spec in program.weights}
+        self.optional = {spec.name for spec in program.weights if spec.optional}
+        self.written: set[str] = set()
+        self.stored: set[int] = set()
+        self.biases: set[str] = set()
+        _distinct("buffer", [spec.name for spec in program.buffers])
+        _distinct("weight", [spec.name for spec in program.weights])
+        for spec in program.weights:
+            if not spec.sources or not spec.shape or min(spec.shape) < 1:
+                raise ValueError(f"weight {spec.name} has shape {spec.shape} and sources {spec.sources}")
+
+    def read(self, name: str, width: int | None = None) -> int:
+        """The width of a buffer that must have been written (and be `width` wide)."""
+        found = self.width(name)
+        if name not in self.written:
+            raise ValueError(f"buffer {name} is read before it is written")
+        if width is not None and found != width:
+            raise ValueError(f"buffer {name} is {found} wide, but {width} is needed")
+        return found
+
+    def write(self, name: str, width: int) -> None:
+        if self.width(name) != width:
+            raise ValueError(f"buffer {name} is {self.width(name)} wide, but {width} is written")
+        self.written.add(name)
+
+    def width(self, name: str) -> int:
+        if name not in self.widths:
+            raise ValueError(f"unknown buffer {name}")
+        return self.widths[name]
+
+    def weight(self, name: str, *shape: int) -> tuple[int, ...]:
+        """The shape of a weight; -1 in `shape` matches anything."""
+        found = self.shapes.get(name)
+        if found is None:
+            raise ValueError(f"unknown weight {name}")
+        if len(found) != len(shape) or any(want not in (-1, have) for want, have in zip(shape, found, strict=True)):
+            raise ValueError(f"weight {name} has shape {found}, but {shape} is needed")
+        return found
+
+    def exact(self, name: str, what: str) -> None:
+        if name not in self.float32:
+            raise ValueError(f"buffer {name} must be float32: {what}")
+
+    def embed(self, op: Embed) -> None:
+        _, width = self.weight(op.weight, self.vocab_size, -1)
+        self.write(op.out, width)
+
+    def rms_norm(self, op: RMSNorm) -> None:
+        width = self.read(op.source)
+        if op.add is not None:
+            self.read(op.add, width)
+            self.exact(op.source, "it is a residual stream")
+        self.weight(op.weight, width)
+        self.write(op.out, width)
+
+    def linear(self, op: Linear) -> None:
+        rows, _ = self.weight(op.weight, -1, self.read(op.source))
+        if op.source in self.float32:
+            raise ValueError(f"buffer {op.source} must be an activation: it goes into a linear")
+        if op.bias is not None:
+            self.weight(op.bias, rows)
+            self.biases.add(op.bias)
+        if op.delta is not None:
+            self.read(op.delta, rows)
+            self.exact(op.delta, "it is an adapter's product")
+        if op.out == op.source:
+            raise ValueError(f"linear over {op.weight} reads and writes {op.out}")
+        if op.epilogue == "residual":
+            self.read(op.out, rows)
+            self.exact(op.out, "it is a residual stream")
+        elif op.epilogue == "silu_mul" and rows % 2:
+            raise ValueError(f"weight {op.weight} has {rows} rows, which are no gate and up pair")
+        self.write(op.out, rows // 2 if op.epilogue == "silu_mul" else rows)
+
+    def rope_store(self, op: RopeStore) -> None:
+        self.heads(op)
+        self.read(op.source, (op.num_heads + 2 * op.num_kv_heads) * op.head_dim)
+        if op.rotary_dim % 2 or not 0 <= op.rotary_dim <= op.head_dim:
+            raise ValueError(f"rotary_dim {op.rotary_dim} must be even and at most {op.head_dim}")
+        for norm in (op.q_norm, op.k_norm):
+            if norm is not None:
+                self.weight(norm, op.head_dim)
+        self.exact(op.out, "q is not rounded")
+        self.write(op.out, op.num_heads * op.head_dim)
+        if op.layer in self.stored:
+            raise ValueError(f"layer {op.layer} is stored twice")
+        self.stored.add(op.layer)
+
+    def attention(self, op: Attention) -> None:
+        self.heads(op)
+        if op.layer not in self.stored:
+            raise ValueError(f"layer {op.layer} is attended to before it is stored")
+        if op.window is not None and op.window < 1:
+            raise ValueError(f"window {op.window} shows no key")
+        self.read(op.source, op.num_heads * op.head_dim)
+        self.write(op.out, op.num_heads * op.head_dim)
+
+    def heads(self, op: RopeStore | Attention) -> None:
+        if (op.num_kv_heads, op.head_dim) != (self.kv.num_kv_heads, self.kv.head_dim):
+            raise ValueError(f"layer {op.layer} has other heads than the KV pool {self.kv}")
+        if not 0 <= op.layer < self.kv.num_layers:
+            raise ValueError(f"layer {op.layer} lies outside the KV pool of {self.kv.num_layers} layers")
+        if op.num_heads % op.num_kv_heads:
+            raise ValueError(f"{op.num_heads} heads cannot share {op.num_kv_heads} KV heads")
+
+
+def _check(program: Program) -> None:
+    checker = _Checker(program)
+    for op in program.ops:
+        if isinstance(op, Embed):
+            checker.embed(op)
+        elif isinstance(op, RMSNorm):
+            checker.rms_norm(op)
+        elif isinstance(op, Linear):
+            checker.linear(op)
+        elif isinstance(op, RopeStore):
+            checker.rope_store(op)
+        else:
+            checker.attention(op)
+    if checker.stored != set(range(program.kv.num_layers)):
+        raise ValueError(f"layers {sorted(checker.stored)} are stored, but the KV pool has {program.kv.num_layers}")
+    checker.weight(program.head.weight, program.vocab_size, checker.read(program.head.source))
+    if not checker.optional <= checker.biases:
+        raise ValueError(f"only biases may be optional: {sorted(checker.optional - checker.biases)}")
+
+
+def _distinct(kind: str, names: list[str]) -> None:
+    if len(set(names)) != len(names):
+        raise ValueError(f"a {kind} name stands twice in {names}")

@@ -1,0 +1,284 @@
+"""Walks a program's records over a token batch.
+
+The records are compiled once, at load, into callables that hold their weights. A `Step` holds what one batch
+needs: views of the buffers, gathered RoPE rows, where K and V go, and the attention plans.
+
+Formats. Weights and activations are fp32 in memory, because that is what the BLAS multiplies. In the dtype
+bfloat16, weights of linears and of the embedding are rounded to bfloat16 values at load, and "activation"
+buffers are rounded where they are written; sums, norms, residual stream and q stay fp32. float16 computes in
+fp32 with the checkpoint's values, which fit exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenloom.engine.batch import PAGE_SIZE, TokenBatch
+from tokenloom.errors import UnsupportedFeature
+from tokenloom.kernels.program import Attention, Embed, Linear, Op, Program, RMSNorm, RopeStore
+from tokenloom.kernels.reference.attention import AttentionPlan, HeadShape, run_attention
+from tokenloom.kernels.reference.gemm import COLUMN_UNIT, ROW_TILE, PackedLinear, padded
+from tokenloom.kernels.reference.kv_pool import Indices, KVPool
+from tokenloom.kernels.reference.rounding import from_bfloat16_bits, round_bfloat16
+
+Float32 = NDArray[np.float32]
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+_ONE = np.float32(1)
+
+
+class Step:
+    """One batch on its way through the program. `rows` is T, `padded_rows` T rounded up to row tiles."""
+
+    def __init__(
+        self, batch: TokenBatch, buffers: dict[str, Float32], tables: tuple[Float32, Float32], pool: KVPool
+    ) -> None:
+        self.rows = batch.num_rows
+        self.padded_rows = padded(self.rows, ROW_TILE)
+        self.token_ids = batch.token_ids
+        self.wide = {name: buffer[: self.padded_rows] for name, buffer in buffers.items()}
+        cos, sin = tables
+        positions = np.zeros(self.padded_rows, np.intp)
+        positions[: self.rows] = batch.positions
+        self.cos = cos[positions][:, None]
+        self.sin = sin[positions][:, None]
+        self._batch = batch
+        self._pool = pool
+        self._plans: dict[tuple[HeadShape, int | None], AttentionPlan] = {}
+        self.written: Indices | None = None
+        if batch.slots.min() < 0:
+            self.written = np.flatnonzero(batch.slots >= 0)
+        slots = batch.slots if self.written is None else batch.slots[self.written]
+        page_ids, self.offsets = np.divmod(slots.astype(np.intp), PAGE_SIZE)
+        self.frames, self.pages = pool.locate(page_ids)
+
+    def attention_plan(self, op: Attention) -> AttentionPlan:
+        """The plan for layers like `op`, made when the first of them runs."""
+        key = (HeadShape.of(op), op.window)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = AttentionPlan(self._batch, key[0], op.window, self._pool)
+        return plan
+
+
+CompiledOp = Callable[[Step], None]
+
+
+class Interpreter:
+    """A program with its weights, ready to run.
+
+    `weights` maps the names of `program.weights` to arrays of fp32, bfloat16 (ml_dtypes) or float16 in the
+    spec's shape; optional ones may be absent. `rope` is (cos, sin), fp32 [max_context, rotary_dim / 2]. Raises
+    `UnsupportedFeature` for a dtype that is none of `DTYPES`, ValueError for a weight that is missing or has
+    another shape.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Mapping[str, NDArray[Any]],
+        rope: tuple[Float32, Float32],
+        pool: KVPool,
+        dtype: str,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise UnsupportedFeature(f"dtype {dtype}", f"the reference backend has {', '.join(DTYPES)}")
+        program.check()
+        self.program = program
+        self._pool = pool
+        self._rope = rope
+        self._rounds = dtype == "bfloat16"
+        self._weights = {
+            spec.name: _checked(weights[spec.name], spec.name, spec.shape)
+            for spec in program.weights
+            if not (spec.optional and spec.name not in weights)
+        }
+        self._packed: dict[str, PackedLinear] = {}
+        self._widths = {spec.name: spec.width for spec in program.buffers}
+        self._rounded = {spec.name for spec in program.buffers if self._rounds and spec.dtype == "activation"}
+        self._buffers: dict[str, Float32] = {}
+        self._capacity = 0
+        self._ops = [self._compile(op) for op in program.ops]
+        self.head = self._linear(program.head.weight)
+
+    def run(self, batch: TokenBatch) -> Float32:
+        """The rows that the head reads, fp32 [T, width]: a view that the next call overwrites."""
+        self._pool.copy_pages(batch.page_copies)
+        self._reserve(padded(batch.num_rows, ROW_TILE))
+        step = Step(batch, self._buffers, self._rope, self._pool)
+        # Silent overflow and NaN are those of one row: a broken request must not flood the log.
+        with np.errstate(all="ignore"):
+            for op in self._ops:
+                op(step)
+        source = self.program.head.source
+        return step.wide[source][: step.rows, : self._widths[source]]
+
+    def packed_linears(self) -> list[PackedLinear]:
+        """The weights of all linears and of the head."""
+        return list(self._packed.values())
+
+    def _reserve(self, num_rows: int) -> None:
+        """Zeroed buffers of at least `num_rows` rows; their width is padded for `PackedLinear`."""
+        if num_rows > self._capacity:
+            self._capacity = num_rows
+            self._buffers = {
+                name: np.zeros((num_rows, padded(width, COLUMN_UNIT)), np.float32)
+                for name, width in self._widths.items()
+            }
+
+    def _compile(self, op: Op) -> CompiledOp:
+        if isinstance(op, Embed):
+            return self._embed(op)
+        if isinstance(op, RMSNorm):
+            return self._rms_norm(op)
+        if isinstance(op, Linear):
+            return self._linear_op(op)
+        if isinstance(op, RopeStore):
+            return self._rope_store(op)
+        return self._attention(op)
+
+    def _linear(self, name: str) -> PackedLinear:
+        packed = self._packed.get(name)
+        if packed is None:
+            weight = _float32(self._weights[name])
+            if self._rounds and self._weights[name].dtype != ml_dtypes.bfloat16:
+                weight = weight.copy()
+                round_bfloat16(weight)
+            packed = self._packed[name] = PackedLinear(weight)
+        return packed
+
+    def _embed(self, op: Embed) -> CompiledOp:
+        table, out, width = self._weights[op.weight], op.out, self._widths[op.out]
+        rounds = self._rounds
+
+        def run(step: Step) -> None:
+            rows = _float32(table[step.token_ids])
+            if rounds:
+                round_bfloat16(rows)
+            step.wide[out][: step.rows, :width] = rows
+
+        return run
+
+    def _rms_norm(self, op: RMSNorm) -> CompiledOp:
+        weight = _float32(self._weights[op.weight])
+        source, add, out, width = op.source, op.add, op.out, self._widths[op.source]
+        epsilon, rounds = np.float32(op.epsilon), op.out in self._rounded
+
+        def run(step: Step) -> None:
+            x, y = step.wide[source][:, :width], step.wide[out][:, :width]
+            if add is not None:
+                x += step.wide[add][:, :width]
+            _rms_norm(x, weight, epsilon, y)
+            if rounds:
+                round_bfloat16(y)
+
+        return run
+
+    def _linear_op(self, op: Linear) -> CompiledOp:
+        packed = self._linear(op.weight)
+        bias = _float32(self._weights[op.bias]) if op.bias is not None and op.bias in self._weights else None
+        source, out, delta, epilogue = op.source, op.out, op.delta, op.epilogue
+        depth, width, columns = packed.depth, self._widths[op.out], packed.num_columns
+        rounds, direct = op.out in self._rounded, op.epilogue == "none"
+
+        def run(step: Step) -> None:
+            target = step.wide[out]
+            wide = target if direct else np.empty((step.padded_rows, packed.padded_columns), np.float32)
+            packed.multiply(step.wide[source][:, :depth], wide)
+            y = wide[:, :columns]
+            if bias is not None:
+                y += bias
+            if delta is not None:
+                y += step.wide[delta][:, :columns]
+            if epilogue == "residual":
+                target[:, :width] += y
+            elif epilogue == "silu_mul":
+                _silu_mul(y, target[:, :width])
+            if rounds:
+                round_bfloat16(target[:, :width])
+
+        return run
+
+    def _rope_store(self, op: RopeStore) -> CompiledOp:
+        q_heads, kv_heads, dim, layer = op.num_heads, op.num_kv_heads, op.head_dim, op.layer
+        half, q_size, width = op.rotary_dim // 2, op.num_heads * op.head_dim, self._widths[op.source]
+        source, out, pool, epsilon = op.source, op.out, self._pool, np.float32(op.epsilon)
+        norms = [
+            (part, _float32(self._weights[name]))
+            for part, name in (
+                (slice(0, q_heads), op.q_norm),
+                (slice(q_heads, q_heads + kv_heads), op.k_norm),
+            )
+            if name is not None
+        ]
+
+        def run(step: Step) -> None:
+            rows = step.wide[source][:, :width]
+            heads = rows.reshape(step.padded_rows, q_heads + 2 * kv_heads, dim)
+            for part, weight in norms:
+                _rms_norm(heads[:, part], weight, epsilon, heads[:, part])
+            first, second = heads[:, : q_heads + kv_heads, :half], heads[:, : q_heads + kv_heads, half : 2 * half]
+            turned = first * step.cos
+            turned -= second * step.sin
+            second *= step.cos
+            second += first * step.sin
+            first[...] = turned
+            step.wide[out][:, :q_size] = rows[:, :q_size]
+            kv = heads[: step.rows, q_heads:].reshape(step.rows, 2, kv_heads, dim)
+            if step.written is not None:
+                kv = kv[step.written]
+            pool.store(layer, step.frames, step.pages, step.offsets, kv)
+
+        return run
+
+    def _attention(self, op: Attention) -> CompiledOp:
+        width, rounds, pool = self._widths[op.source], op.out in self._rounded, self._pool
+
+        def run(step: Step) -> None:
+            target = step.wide[op.out][:, :width]
+            run_attention(op, step.attention_plan(op), pool, step.wide[op.source][:, :width], target)
+            if rounds:
+                round_bfloat16(target)
+
+        return run
+
+
+def _rms_norm(x: Float32, weight: Float32, epsilon: np.float32, out: Float32) -> None:
+    """`RMSNorm` over the last axis; `out` may be `x`."""
+    mean = np.add.reduce(x * x, axis=-1, keepdims=True)
+    mean /= np.float32(x.shape[-1])
+    mean += epsilon
+    np.sqrt(mean, out=mean)
+    np.divide(_ONE, mean, out=mean)
+    np.multiply(x, mean, out=out)
+    out *= weight
+
+
+def _silu_mul(gate_up: Float32, out: Float32) -> None:
+    """The silu_mul epilogue of `Linear`: fp32 [R, 2 N] -> [R, N]."""
+    width = out.shape[1]
+    gate, up = gate_up[:, :width], gate_up[:, width:]
+    scale = np.negative(gate)
+    np.exp(scale, out=scale)
+    scale += _ONE
+    np.divide(gate, scale, out=scale)
+    np.multiply(scale, up, out=out)
+
+
+def _float32(array: NDArray[Any]) -> Float32:
+    """The same values in fp32; not a copy where they are already."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return from_bfloat16_bits(array.view(np.uint16))
+    return array.astype(np.float32, copy=False)
+
+
+def _checked(array: NDArray[Any], name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    if array.shape != shape:
+        raise ValueError(f"weight {name} has shape {array.shape}, but the program needs {shape}")
+    return array

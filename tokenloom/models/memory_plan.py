@@ -1,0 +1,224 @@
+"""What a model will take of the machine's memory, decided before anything is allocated.
+
+```
+available   |-- weights --|-- rope --|-- workspace --|------ KV frames ------|-- headroom --|
+```
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tokenloom.engine.batch import PAGE_SIZE
+from tokenloom.errors import InvalidParameter, OutOfMemory
+from tokenloom.kernels.program import Linear, Program
+from tokenloom.models.config import ModelConfig
+from tokenloom.models.machine_memory import MachineMemory, read_machine_memory
+from tokenloom.models.rope import table_bytes
+
+FRAME_BYTES = 2 << 20
+"""Bytes of one frame: the size of a huge page, so that a frame is one entry of the address tables."""
+
+DEFAULT_KV_BYTES = 4 << 30
+"""Most memory that KV pages take unless more is asked for."""
+
+_KV_SHARE = 0.5
+"""Share of what is left after weights and workspace that KV pages take unless more is asked for."""
+
+_MIN_HEADROOM = 256 << 20
+_HEADROOM_SHARE = 0.05
+_LOGIT_ROWS = 64
+_SPLIT_KEYS = 128
+_SINGLE_ROWS = 64
+_ITEM_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Sizes in bytes unless the name says otherwise.
+
+    `page_bytes` holds K and V of `PAGE_SIZE` tokens for every layer; a frame of `frame_bytes` holds
+    `pages_per_frame` of them. `num_pages` is the size of the KV pool, for sequences of up to `max_context`
+    tokens. `headroom` stays free for the rest of the process and its neighbours.
+    """
+
+    weight_bytes: int
+    rope_bytes: int
+    workspace_bytes: int
+    page_bytes: int
+    frame_bytes: int
+    pages_per_frame: int
+    num_pages: int
+    max_context: int
+    headroom: int
+    machine: MachineMemory
+
+    @property
+    def num_frames(self) -> int:
+        return -(-self.num_pages // self.pages_per_frame)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all frames."""
+        return self.num_frames * self.frame_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.rope_bytes + self.workspace_bytes + self.kv_bytes
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose K and V fit at once."""
+        return self.num_pages * PAGE_SIZE
+
+    @property
+    def num_full_sequences(self) -> int:
+        """Sequences of `max_context` tokens that fit at once."""
+        return self.num_pages // pages_of(self.max_context)
+
+    @classmethod
+    def fit(
+        cls,
+        config: ModelConfig,
+        program: Program,
+        *,
+        max_batch_tokens: int,
+        max_running: int,
+        num_pages: int = 0,
+        kv_memory_bytes: int = 0,
+        dtype: str = "auto",
+        kv_dtype: str = "float32",
+        machine: MachineMemory | None = None,
+    ) -> MemoryPlan:
+        """Choose the number of KV pages; `config.max_context` is the longest sequence. `dtype` as in
+        `load_model`; K and V are stored in `kv_dtype`, "float32" or "bfloat16".
+
+        `num_pages` or `kv_memory_bytes`, where not 0, are honoured as they are. Else the pool is what
+        `max_running` sequences of full length need, but at most half of what is left and `DEFAULT_KV_BYTES`,
+        and at least one such sequence. `machine` None reads this machine's memory. Raises `OutOfMemory` with
+        the numbers and the cure if it does not fit, `InvalidParameter` if both sizes are given or the memory
+        is too small for a frame.
+        """
+        machine = machine or read_machine_memory()
+        page_bytes = program.kv.page_elements(PAGE_SIZE) * (4 if kv_dtype == "float32" else 2)
+        frame_bytes = max(FRAME_BYTES, page_bytes)
+        pages_per_frame = frame_bytes // page_bytes
+        if num_pages and kv_memory_bytes:
+            raise InvalidParameter("kv_memory_mb", kv_memory_bytes >> 20, "left out where num_pages is given")
+        weights = weight_bytes(config, program, dtype)
+        rope = table_bytes(config, config.max_context)
+        workspace = workspace_bytes(config, program, max_batch_tokens)
+        headroom = max(_MIN_HEADROOM, int(machine.available * _HEADROOM_SHARE))
+        left = machine.available - headroom - weights - rope - workspace
+        if kv_memory_bytes:
+            num_pages = kv_memory_bytes // frame_bytes * pages_per_frame
+            if num_pages == 0:
+                least = f"at least {-(-frame_bytes >> 20)}, the size of a frame"
+                raise InvalidParameter("kv_memory_mb", kv_memory_bytes >> 20, least)
+        elif not num_pages:
+            num_pages = _choose_pages(config, max_running, left, page_bytes, frame_bytes)
+        plan = cls(
+            weight_bytes=weights,
+            rope_bytes=rope,
+            workspace_bytes=workspace,
+            page_bytes=page_bytes,
+            frame_bytes=frame_bytes,
+            pages_per_frame=pages_per_frame,
+            num_pages=num_pages,
+            max_context=config.max_context,
+            headroom=headroom,
+            machine=machine,
+        )
+        if plan.kv_bytes > left:
+            raise OutOfMemory(plan._shortage(left))
+        return plan
+
+    def _shortage(self, left: int) -> str:
+        fixed = self.weight_bytes + self.rope_bytes + self.workspace_bytes
+        text = (
+            f"the model needs {show_bytes(self.total_bytes)}: {self._parts()}; "
+            f"of {show_bytes(self.machine.available)} available ({self.machine.source}), "
+            f"{show_bytes(self.headroom)} stay free. "
+        )
+        fitting = max(left, 0) // self.frame_bytes * self.pages_per_frame
+        if fitting:
+            cure = f"Set num_pages to at most {fitting}, or max_context to at most {fitting * PAGE_SIZE}."
+        else:
+            needed = show_bytes(fixed + self.frame_bytes + self.headroom)
+            cure = f"It needs {needed} available: free memory, or take a smaller model or max_batch_tokens."
+        return text + cure
+
+    def _parts(self) -> str:
+        return (
+            f"weights {show_bytes(self.weight_bytes)}, KV {show_bytes(self.kv_bytes)} "
+            f"({self.num_pages} pages = {self.num_tokens} tokens), "
+            f"workspace {show_bytes(self.workspace_bytes + self.rope_bytes)}"
+        )
+
+    def render(self) -> str:
+        """A table of a few lines for people."""
+        sequences = f"{self.num_full_sequences} sequences of {self.max_context} tokens"
+        if self.num_full_sequences == 0:
+            sequences = f"no sequence of {self.max_context} tokens: requests are limited to {self.num_tokens}"
+        rows = [
+            ("weights", self.weight_bytes, "as stored, and packed for products"),
+            ("KV", self.kv_bytes, f"{self.num_pages} pages = {self.num_tokens} tokens; {sequences}"),
+            ("workspace", self.workspace_bytes + self.rope_bytes, "one step's buffers and the RoPE tables"),
+            (
+                "together",
+                self.total_bytes,
+                f"machine has {show_bytes(self.machine.available)} available "
+                f"of {show_bytes(self.machine.total)} ({self.machine.source})",
+            ),
+        ]
+        return "\n".join(f"{name:<10}{show_bytes(size):>10}  {note}" for name, size, note in rows)
+
+
+def weight_bytes(config: ModelConfig, program: Program, dtype: str = "auto") -> int:
+    """Bytes of the weights: all as loaded for arithmetic in `dtype`, and those that are multiplied once more,
+    as the reference backend packs them in float32.
+    """
+    narrow = dtype in ("bfloat16", "float16") or config.dtype != "float32"
+    multiplied = {op.weight for op in program.ops if isinstance(op, Linear)} | {program.head.weight}
+    return sum(
+        math.prod(weight.shape) * ((2 if narrow else 4) + (4 if weight.name in multiplied else 0))
+        for weight in program.weights
+    )
+
+
+def pages_of(num_tokens: int) -> int:
+    """Pages that a sequence of `num_tokens` fills."""
+    return -(-num_tokens // PAGE_SIZE)
+
+
+def workspace_bytes(config: ModelConfig, program: Program, max_batch_tokens: int) -> int:
+    """Upper estimate of the buffers and temporaries of one step of `max_batch_tokens` rows."""
+    widths = [buffer.width for buffer in program.buffers]
+    specs = {weight.name: weight for weight in program.weights}
+    widest = max((specs[op.weight].shape[0] for op in program.ops if isinstance(op, Linear)), default=0)
+    row = sum(widths) + 2 * widest + 4 * config.q_size
+    # Attention gathers K and V of some sequences and scores some splits of 128 keys at a time: a few million
+    # numbers, or what one split of the step takes (heads padded to tiles at most double it).
+    keys = 2 * max(1 << 21, _SINGLE_ROWS * 2 * config.kv_size * _SPLIT_KEYS)
+    scores = 4 * max(1 << 20, 2 * max_batch_tokens * config.num_heads * _SPLIT_KEYS)
+    logits = 4 * _LOGIT_ROWS * config.vocab_size
+    return (max_batch_tokens * row + keys + scores + logits) * _ITEM_BYTES
+
+
+def _choose_pages(config: ModelConfig, max_running: int, left: int, page_bytes: int, frame_bytes: int) -> int:
+    pages_per_frame = frame_bytes // page_bytes
+    one = pages_of(config.max_context)
+    budget = min(int(max(left, 0) * _KV_SHARE), DEFAULT_KV_BYTES) // frame_bytes * pages_per_frame
+    pages = max(min(max_running * one, budget), one)
+    return -(-pages // pages_per_frame) * pages_per_frame
+
+
+def show_bytes(size: int) -> str:
+    """Such as "12.5 MiB"."""
+    if abs(size) < 1024:
+        return f"{size} B"
+    value, unit = size / 1024, 0
+    while abs(value) >= 1024 and unit < 3:
+        value, unit = value / 1024, unit + 1
+    return f"{value:.1f} {('KiB', 'MiB', 'GiB', 'TiB')[unit]}"
