@@ -1,0 +1,53 @@
+"""The ASGI application."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import AsyncGenerator
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.routing import Route
+
+from tokenloom.api.auth import Gate
+from tokenloom.api.context import ApiContext
+from tokenloom.api.endpoints import ENDPOINTS
+from tokenloom.api.errors import ApiError, handle_error, handle_http_exception
+from tokenloom.api.metrics import Metrics
+from tokenloom.api.openapi import docs, openapi_json
+from tokenloom.config import Config
+from tokenloom.errors import TokenloomError
+from tokenloom.serving.client import EngineClient
+
+
+def create_app(client: EngineClient, config: Config) -> Starlette:
+    """The HTTP face of `client`. The application's lifespan starts and closes the client."""
+    metrics = Metrics()
+    client.subscribe(functools.partial(metrics.on_step, client))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncGenerator[None, None]:
+        await client.start()
+        try:
+            yield
+        finally:
+            await client.close()
+
+    routes = [Route(entry.path, entry.handler, methods=[entry.method]) for entry in ENDPOINTS]
+    routes += [Route("/openapi.json", openapi_json), Route("/docs", docs)]
+    app = Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        middleware=[Middleware(Gate, api_key=config.server.api_key)],
+        exception_handlers={
+            ApiError: handle_error,
+            TokenloomError: handle_error,
+            HTTPException: handle_http_exception,
+        },
+    )
+    # A redirect would drop the body of a POST in many clients; a wrong path is a 404.
+    app.router.redirect_slashes = False
+    app.state.context = ApiContext(client, config, metrics)
+    return app

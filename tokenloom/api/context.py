@@ -1,0 +1,72 @@
+"""What every handler shares, and the checks that come before any work."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from tokenloom.api.errors import unavailable
+from tokenloom.api.metrics import Metrics
+from tokenloom.config import Config
+from tokenloom.errors import EngineDead, InvalidParameter, ModelNotFound, QueueFull
+from tokenloom.serving.client import EngineClient, ModelCard
+
+QUEUE_RETRY_SECONDS = 1.0
+MAX_SHOWN_ID = 24
+
+
+@dataclass(frozen=True, slots=True)
+class ApiContext:
+    """The engine, the configuration and the metrics of one application."""
+
+    client: EngineClient
+    config: Config
+    metrics: Metrics
+
+    @property
+    def max_body_bytes(self) -> int:
+        return self.config.server.max_body_mb << 20
+
+    def ready_card(self) -> ModelCard:
+        """The served model; raises 503 while the engine cannot take requests."""
+        state = self.client.state
+        if state != "ready":
+            raise unavailable(f"The engine is {state}.")
+        try:
+            card = self.client.card
+        except EngineDead as error:
+            raise unavailable(str(error)) from None
+        self.metrics.bind(card.name)
+        return card
+
+    def card_for(self, model: str) -> ModelCard:
+        """The card of the model that a request names ("" for the served one); raises 404 or 503."""
+        card = self.ready_card()
+        if model and model != card.name:
+            raise ModelNotFound(model[:200], (card.name,))
+        return card
+
+    def check_room(self, card: ModelCard, num_prompts: int) -> None:
+        """Raise `QueueFull` unless `num_prompts` more requests may be in flight."""
+        if num_prompts > card.max_requests:
+            raise InvalidParameter("prompt", f"{num_prompts} prompts", f"at most {card.max_requests} prompts")
+        if self.client.num_in_flight + num_prompts > card.max_requests:
+            raise QueueFull(self.client.num_in_flight, QUEUE_RETRY_SECONDS)
+
+
+def context_of(request: Request) -> ApiContext:
+    """The context of the application that handles `request`."""
+    context = request.app.state.context
+    if not isinstance(context, ApiContext):
+        raise TypeError("the application was not made by create_app")
+    return context
+
+
+def fingerprint(card: ModelCard) -> str:
+    """OpenAI's `system_fingerprint`: equal fingerprints and seeds give equal outputs."""
+    numerics = card.numerics_id
+    if len(numerics) > MAX_SHOWN_ID:
+        numerics = hashlib.sha256(numerics.encode()).hexdigest()[:12]
+    return f"tokenloom-{numerics or 'unknown'}"

@@ -1,0 +1,192 @@
+"""From texts, token ids and messages to token ids, off the event loop where the text is long."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from tokenloom.api.errors import missing, unsupported
+from tokenloom.api.schemas import ChatMessage
+from tokenloom.errors import InvalidParameter
+from tokenloom.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+MAX_PROMPTS = 2048
+MAX_CHOICES = 4096
+MAX_TOTAL_TOKENS = 1 << 20
+# Encoding some 10,000 characters takes a few milliseconds; longer texts would delay the streams of others.
+INLINE_CHARS = 8192
+ROLES = ("system", "developer", "user", "assistant")
+_RESERVED_VARIABLES = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "self"}
+)
+_FORMS = "a string, a list of strings, a list of token ids, or a list of lists of token ids"
+
+
+async def off_loop(num_chars: int, work: Callable[[], T]) -> T:
+    """The result of `work`, in a thread if the text is long (the tokenizer releases the interpreter lock)."""
+    if num_chars <= INLINE_CHARS:
+        return work()
+    return await asyncio.to_thread(work)
+
+
+async def encode_prompts(
+    tokenizer: Tokenizer, prompt: Any, *, add_special_tokens: bool, vocab_size: int
+) -> tuple[list[list[int]], list[str | None]]:
+    """Token ids of every prompt of a completion request, and its text where it was given as text.
+
+    Raises `InvalidParameter` for what is none of the four forms, for too many prompts or tokens, and for
+    token ids outside the vocabulary.
+    """
+    texts, token_lists = _split_forms(prompt)
+    if max(len(texts), len(token_lists)) > MAX_PROMPTS:
+        count = max(len(texts), len(token_lists))
+        raise InvalidParameter("prompt", f"{count} prompts", f"at most {MAX_PROMPTS} prompts in one request")
+    if texts:
+        num_chars = sum(map(len, texts))
+        encoded = await off_loop(num_chars, lambda: tokenizer.encode_batch(texts, add_special_tokens))
+    else:
+        encoded = token_lists
+        for ids in encoded:
+            check_token_ids("prompt", ids, vocab_size)
+    total = sum(map(len, encoded))
+    if len(encoded) > 1 and total > MAX_TOTAL_TOKENS:
+        raise InvalidParameter(
+            "prompt", f"{total} tokens", f"at most {MAX_TOTAL_TOKENS} tokens over all prompts"
+        )
+    for number, ids in enumerate(encoded):
+        if not ids:
+            raise InvalidParameter(_name(number, len(encoded)), ids, "at least one token long")
+    return encoded, list(texts) if texts else [None] * len(encoded)
+
+
+def _name(number: int, count: int) -> str:
+    return "prompt" if count == 1 else f"prompt[{number}]"
+
+
+def _split_forms(prompt: Any) -> tuple[list[str], list[list[int]]]:
+    """Texts, or else lists of token ids."""
+    if isinstance(prompt, str):
+        return [prompt], []
+    if not isinstance(prompt, list):
+        raise InvalidParameter("prompt", prompt, _FORMS)
+    if not prompt:
+        raise InvalidParameter("prompt", prompt, "at least one prompt")
+    kind: Any
+    match prompt[0]:
+        case str():
+            kind = list[str]
+        case list():
+            kind = list[list[int]]
+        case _:
+            kind = list[int]
+    try:
+        checked = msgspec.convert(prompt, kind)
+    except msgspec.ValidationError as error:
+        place = re.search(r"\$(\S*)`$", str(error))
+        name = "prompt" + (place.group(1) if place else "")
+        raise InvalidParameter(name, f"a list with other things: {prompt[:4]}", _FORMS) from None
+    if kind == list[str]:
+        return checked, []
+    return [], checked if kind == list[list[int]] else [checked]
+
+
+def check_token_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    """Raise `InvalidParameter` if a token id lies outside [0, vocab_size)."""
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        wrong = next(token for token in ids if not 0 <= token < vocab_size)
+        raise InvalidParameter(name, wrong, f"token ids from 0 to {vocab_size - 1}")
+
+
+async def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[ChatMessage],
+    *,
+    add_generation_prompt: bool | None,
+    continue_final_message: bool | None,
+    variables: Mapping[str, Any],
+    add_special_tokens: bool = False,
+) -> tuple[list[int], str]:
+    """Token ids of a conversation, and the text of the assistant message that is continued ("" if none).
+
+    Without flags a last message of the assistant is continued. Raises `InvalidParameter` naming the message,
+    and refuses tools and parts that are not text.
+    """
+    if not messages:
+        raise InvalidParameter("messages", [], "a list of at least one message")
+    prefilled = messages[-1].role == "assistant"
+    if continue_final_message is None:
+        continue_final_message = prefilled and not add_generation_prompt
+    if continue_final_message and not prefilled:
+        raise InvalidParameter(
+            "continue_final_message", True, "false unless the last message is the assistant's"
+        )
+    if continue_final_message and add_generation_prompt:
+        raise InvalidParameter("continue_final_message", True, "false when add_generation_prompt is true")
+    if add_generation_prompt is None:
+        add_generation_prompt = not continue_final_message
+    _check_variables(variables)
+    plain = [_plain_message(number, message) for number, message in enumerate(messages)]
+    generation_prompt, continued = add_generation_prompt, continue_final_message
+
+    def render_and_encode() -> list[int]:
+        text = tokenizer.render_chat(
+            plain, add_generation_prompt=generation_prompt, continue_final_message=continued, **variables
+        )
+        return tokenizer.encode(text, add_special_tokens)
+
+    try:
+        ids = await off_loop(sum(len(str(message["content"])) for message in plain), render_and_encode)
+    except InvalidParameter as error:
+        if error.param != "prompt":
+            raise
+        raise InvalidParameter("messages", error.value, error.limit) from None
+    if not ids:
+        raise InvalidParameter("messages", f"{len(plain)} messages", "at least one token long")
+    return ids, _text_of(plain[-1]) if continued else ""
+
+
+def _check_variables(variables: Mapping[str, Any]) -> None:
+    for name in variables:
+        if name in _RESERVED_VARIABLES or not name.isidentifier():
+            limit = "an object of variables that the server does not set itself"
+            raise InvalidParameter("chat_template_kwargs", name, limit)
+
+
+def _plain_message(number: int, message: ChatMessage) -> dict[str, Any]:
+    """A message as the template takes it."""
+    where = f"messages[{number}]"
+    if message.tool_calls or message.function_call or message.role in ("tool", "function"):
+        field = "tool_calls" if message.tool_calls else "function_call" if message.function_call else "role"
+        raise unsupported(f"{where}.{field}", "tool calling is not there yet")
+    if message.role not in ROLES:
+        raise InvalidParameter(f"{where}.role", message.role, f"one of {', '.join(ROLES)}")
+    content: str | list[dict[str, str]]
+    if isinstance(message.content, list):
+        content = []
+        for position, part in enumerate(message.content):
+            if part.type != "text":
+                path = f"{where}.content[{position}].type"
+                kind = part.type[:60]
+                raise unsupported(path, f"content of type {kind!r}; the models served here take text only")
+            if part.text is None:
+                raise missing(f"{where}.content[{position}].text")
+            content.append({"type": "text", "text": part.text})
+    elif message.content is None and message.role != "assistant":
+        raise missing(f"{where}.content")
+    else:
+        content = message.content or ""
+    plain: dict[str, Any] = {"role": message.role, "content": content}
+    if message.name is not None:
+        plain["name"] = message.name
+    return plain
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
