@@ -163,6 +163,14 @@ def test_wrong_dimensions(tmp_path: Path, shape: tuple[int, ...]):
         load_model(tmp_path)
 
 
+def test_scalars_in_place_of_matrices(tmp_path: Path):
+    config = TINY | {"tie_word_embeddings": True}
+    scalar = np.ones((), np.float32)
+    write_model(tmp_path, config, llama_tensors(config) | {HEAD: scalar, EMBEDDING: scalar})
+    with pytest.raises(ModelError, match=r"embed_tokens\.weight of shape \[\]"):
+        load_model(tmp_path)
+
+
 def test_long_lists_of_problems_are_cut(tmp_path: Path):
     config = TINY | {"num_hidden_layers": 40}
     write_model(tmp_path, config, llama_tensors(TINY))

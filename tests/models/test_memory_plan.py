@@ -115,7 +115,8 @@ def test_refusal_names_numbers_and_a_cure_that_works():
     text = str(caught.value)
     for part in ("weights 6.9 GiB", "KV 8.0 GiB", "workspace", "10.0 GiB available"):
         assert part in text
-    pages, context = map(int, re.findall(r"at most (\d+)", text))
+    pages, mebibytes, context = map(int, re.findall(r"at most (\d+)", text))
+    assert fit(config, 10 * GIB, kv_memory_bytes=mebibytes << 20).num_pages <= pages
     assert fit(config, 10 * GIB, num_pages=pages).num_pages == pages
     with pytest.raises(OutOfMemory):
         fit(config, 10 * GIB, num_pages=pages + fit(config, 64 * GIB).pages_per_frame)

@@ -99,9 +99,8 @@ def load_model(
     """
     chosen = resolve_dtype(dtype)
     described = describe_model(directory, max_context=max_context)
-    table_bytes(
-        described.config, described.config.max_context
-    )  # refuses now what would fail after the weights
+    # Refuses now what would else fail after the weights have been read.
+    table_bytes(described.config, described.config.max_context)
     with Checkpoint.open(directory) as checkpoint:
         weights = load_weights(described.program, checkpoint, chosen, progress)
         content_id = checkpoint.content_id()
@@ -238,7 +237,7 @@ def _source_rows(program: Program) -> dict[str, tuple[int, ...]]:
 
 def _is_tied_copy(checkpoint: Checkpoint) -> bool:
     head, embedding = checkpoint.tensor(HEAD), checkpoint.tensor(EMBEDDING)
-    if head.shape != embedding.shape:
+    if head.shape != embedding.shape or head.ndim != 2:
         return False
     same = all(bool((head[rows] == embedding[rows]).all()) for rows in _row_blocks(head))
     checkpoint.release(HEAD)

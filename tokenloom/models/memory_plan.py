@@ -143,7 +143,10 @@ class MemoryPlan:
         )
         fitting = max(left, 0) // self.frame_bytes * self.pages_per_frame
         if fitting:
-            cure = f"Set num_pages to at most {fitting}, or max_context to at most {fitting * PAGE_SIZE}."
+            cure = (
+                f"Set num_pages to at most {fitting}, kv_memory_mb to at most {max(left, 0) >> 20}, "
+                f"or max_context to at most {fitting * PAGE_SIZE}."
+            )
         else:
             needed = show_bytes(fixed + self.frame_bytes + self.headroom)
             cure = f"It needs {needed} available: free memory, or take a smaller model or max_batch_tokens."
