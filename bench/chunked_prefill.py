@@ -63,8 +63,10 @@ def measure_simulated(num_requests: int) -> dict[str, Any]:
 
         def capacity(budget: ChunkedPrefill, slo: Slo, prompt: float = prompt) -> float:
             return find_capacity(
-                lambda rate: simulate(
-                    MACHINE, budget, poisson_workload(num_requests, rate, (prompt, 0.3), (200, 0.5), seed=7)
+                lambda arrivals: simulate(
+                    MACHINE,
+                    budget,
+                    poisson_workload(num_requests, arrivals, (prompt, 0.3), (200, 0.5), seed=7),
                 ),
                 slo,
             )
@@ -152,7 +154,9 @@ def long_prompt_run(budget: ChunkedPrefill, num_prompt: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="fewer requests, a shorter prompt")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--out", type=Path, default=Path("bench/results/chunked_prefill.jsonl"))
@@ -169,7 +173,9 @@ def main() -> int:
         prefill_first["tbt_p99_during_ms"] / stall_free["tbt_p99_during_ms"], 1
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("".join(json.dumps({"id": key, "tokens": value}) + "\n" for key, value in outputs.items()))
+    args.out.write_text(
+        "".join(json.dumps({"id": key, "tokens": value}) + "\n" for key, value in outputs.items())
+    )
     for name, value in results.items():
         print(f"{name}: {value}")
     if args.json:

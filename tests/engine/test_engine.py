@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from tests.engine.helpers import EOS, drain, request, run, simulated_engine
+from tokenloom.engine.batch import Ticket, TokenBatch
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
 from tokenloom.engine.policies.queue_order import QueueOrder
-from tokenloom.engine.request import SequenceDelta
 from tokenloom.errors import ContextLengthExceeded, InvalidParameter, QueueFull
 
 
@@ -233,27 +234,31 @@ def test_more_decodes_than_budget_cannot_happen() -> None:
     assert run(tiny) == alone(batch_of(3, max_tokens=4))
 
 
+def watch(engine: Engine) -> list[TokenBatch]:
+    """Have the engine note every batch that it submits."""
+    batches: list[TokenBatch] = []
+    submit = engine.executor.submit
+
+    def spy(batch: TokenBatch) -> Ticket:
+        batches.append(batch)
+        return submit(batch)
+
+    engine.executor.submit = spy  # type: ignore[method-assign]
+    return batches
+
+
 def test_bad_words_and_min_tokens_become_edits() -> None:
-    seen = []
-
-    def watch(engine: Engine) -> list[SequenceDelta]:
-        submit = engine.executor.submit
-
-        def spy(batch):  # type: ignore[no-untyped-def]
-            seen.append(batch.logit_rows.edits)
-            return submit(batch)
-
-        engine.executor.submit = spy  # type: ignore[method-assign]
-        return drain(engine)
-
     engine = simulated_engine()
     entry = request("a", [7, 8], max_tokens=3, min_tokens=2, ignore_eos=False, logit_bias={9: 2.0})
     entry.bad_word_ids = ((11,),)
     engine.add_request(entry)
-    watch(engine)
-    banned = [
-        {int(i) for i, v in zip(e[0].bias_ids, e[0].bias, strict=True) if v == float("-inf")} for e in seen
-    ]
+    batches = watch(engine)
+    drain(engine)
+    banned = []
+    for batch in batches:
+        edits = batch.logit_rows.edits[0]
+        assert edits.bias_ids is not None and edits.bias is not None
+        banned.append({int(i) for i, v in zip(edits.bias_ids, edits.bias, strict=True) if v == -np.inf})
     assert banned == [{EOS, 11}, {EOS, 11}, {11}]
 
 
@@ -262,15 +267,10 @@ def test_requests_that_arrive_together_share_their_prefix() -> None:
     prefix = [4 + j % 90 for j in range(128)]
     for i in range(8):
         engine.add_request(request(f"r{i}", [*prefix, 100 + i, 101], max_tokens=4))
-    rows = 0
+    batches = watch(engine)
     while any(seq.num_output == 0 for group in engine.scheduler.live.values() for seq in group):
-        submit = engine.executor.submit
-        plan_rows = []
-        engine.executor.submit = lambda batch: (plan_rows.append(batch.num_rows), submit(batch))[1]  # type: ignore
         engine.step()
-        engine.executor.submit = submit  # type: ignore[method-assign]
-        rows += sum(plan_rows)
-    assert rows <= 128 + 8 * 2 + 8 * 4
+    assert sum(batch.num_rows for batch in batches) <= 128 + 8 * 2 + 8 * 4
 
 
 def test_a_failed_step_cancels_and_forgets() -> None:
@@ -279,10 +279,10 @@ def test_a_failed_step_cancels_and_forgets() -> None:
     run(engine)
     engine.add_request(request("b", range(4, 60)))
 
-    def fail(batch: object) -> None:
+    def fail(batch: TokenBatch) -> Ticket:
         raise RuntimeError("broken")
 
-    submit, engine.executor.submit = engine.executor.submit, fail  # type: ignore
+    submit, engine.executor.submit = engine.executor.submit, fail  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="broken"):
         engine.step()
     engine.executor.submit = submit  # type: ignore[method-assign]
@@ -296,9 +296,7 @@ def test_a_full_hit_computes_one_row_and_stores_nothing() -> None:
     engine.add_request(request("a", range(4, 36), max_tokens=1))
     drain(engine)
     engine.add_request(request("b", range(4, 36), max_tokens=1))
-    batches = []
-    submit = engine.executor.submit
-    engine.executor.submit = lambda batch: (batches.append(batch), submit(batch))[1]  # type: ignore
+    batches = watch(engine)
     drain(engine)
     (batch,) = batches
     assert batch.num_rows == 1 and batch.slots.tolist() == [-1] and batch.positions.tolist() == [31]

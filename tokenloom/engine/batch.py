@@ -129,26 +129,26 @@ class TokenBatch:
         written = self.slots[self.slots >= 0]
         if len(np.unique(written)) != len(written):
             raise ValueError("two rows write one slot")
-        for s in range(segments):
-            begin, end = int(self.starts[s]), int(self.starts[s + 1])
-            chain = self.parents[begin:end] < 0
-            first = int(self.context_lens[s])
-            if self.work[s] in (Work.PREFILL, Work.DECODE):
-                if (
-                    not chain.all()
-                    or (self.logical[begin:end] != np.arange(first, first + end - begin)).any()
-                ):
-                    raise ValueError(f"segment {s}: rows are not a run after {first} tokens")
-            pages = self.page_tables[s]
-            for row in range(begin, end):
-                logical, slot = int(self.logical[row]), int(self.slots[row])
-                if logical // PAGE_SIZE >= len(pages):
-                    raise ValueError(f"row {row}: the page table ends before key {logical}")
-                if chain[row - begin] and slot >= 0 and self.work[s] in (Work.PREFILL, Work.DECODE):
-                    if slot != int(pages[logical // PAGE_SIZE]) * PAGE_SIZE + logical % PAGE_SIZE:
-                        raise ValueError(f"row {row}: slot {slot} is not that of key {logical}")
+        for segment in range(segments):
+            self._check_segment(segment)
         if len(self.logit_rows) and not (self.logit_rows.rows < rows).all():
             raise ValueError("a logit row lies outside the batch")
+
+    def _check_segment(self, segment: int) -> None:
+        begin, end = int(self.starts[segment]), int(self.starts[segment + 1])
+        pages = self.page_tables[segment]
+        if (self.logical[begin:end] // PAGE_SIZE >= len(pages)).any():
+            raise ValueError(f"segment {segment}: the page table ends before the last key")
+        if self.work[segment] not in (Work.PREFILL, Work.DECODE):
+            return
+        first = int(self.context_lens[segment])
+        logical = np.arange(first, first + end - begin)
+        if (self.parents[begin:end] >= 0).any() or (self.logical[begin:end] != logical).any():
+            raise ValueError(f"segment {segment}: rows are not a run after {first} tokens")
+        own = pages[logical // PAGE_SIZE].astype(np.int64) * PAGE_SIZE + logical % PAGE_SIZE
+        slots = self.slots[begin:end]
+        if ((slots >= 0) & (slots != own)).any():
+            raise ValueError(f"segment {segment}: slots {slots.tolist()} are not those of its keys")
 
 
 @dataclass(slots=True)

@@ -18,7 +18,8 @@ class Request:
 
     `priority`: lower is more urgent (as in vLLM). `tenant` salts the prefix cache: requests of different tenants
     never share pages. `adapter` is the content hash of the adapter ("" for the base). `bad_word_ids` are the
-    token sequences that `params.bad_words` stand for. `arrival` is in the engine clock's seconds (-1: set when the engine takes it).
+    token sequences that `params.bad_words` stand for. `arrival` is in the engine clock's seconds
+    (-1: set when the engine takes it).
     """
 
     request_id: str

@@ -32,7 +32,9 @@ def build(config: ModelConfig) -> Program:
             normed,
             b.weight(tuple(f"{name}.weight" for name in attention), qkv_size, hidden),
             qkv,
-            bias=b.weight(tuple(f"{name}.bias" for name in attention), qkv_size) if config.attention_bias else None,
+            bias=b.weight(tuple(f"{name}.bias" for name in attention), qkv_size)
+            if config.attention_bias
+            else None,
         )
         b.rope_store(qkv, q, layer=layer, num_heads=config.num_heads, rotary_dim=config.rope.rotary_dim)
         b.attention(q, attended, layer=layer, num_heads=config.num_heads, scale=config.head_dim**-0.5)

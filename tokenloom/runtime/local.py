@@ -16,6 +16,7 @@ from tokenloom.kernels.reference.fingerprint import fingerprint
 from tokenloom.kernels.reference.interpreter import Interpreter
 from tokenloom.kernels.reference.kv_pool import KVPool
 from tokenloom.kernels.reference.sampler import Sampler
+from tokenloom.kernels.reference.workers import Workers
 
 Float32 = NDArray[np.float32]
 
@@ -24,7 +25,7 @@ class LocalExecutor:
     """Runs token batches of one model with the numpy backend.
 
     Owns the KV pool of `num_frames` frames. `weights` and `rope` as `Interpreter` takes them; `dtype` is one of
-    its formats, `kv_dtype` float32 or bfloat16. A step is computed in `submit`; `collect` hands its result out.
+    its formats, `kv_dtype` float32 or bfloat16; results do not depend on `num_threads`. A step is computed in `submit`; `collect` hands its result out.
 
     A batch that names what does not exist (a page, a token, a row, an adapter) is refused by `submit` with
     ValueError or `UnsupportedFeature` before anything is written. An error while computing is raised by
@@ -42,6 +43,7 @@ class LocalExecutor:
         pages_per_frame: int,
         dtype: str = "float32",
         kv_dtype: str = "float32",
+        num_threads: int = 1,
     ) -> None:
         pool = KVPool(
             program.kv,
@@ -50,7 +52,8 @@ class LocalExecutor:
             frame_bytes=frame_bytes,
             pages_per_frame=pages_per_frame,
         )
-        interpreter = Interpreter(program, weights, rope, pool, dtype)
+        self._workers = Workers(num_threads)
+        interpreter = Interpreter(program, weights, rope, pool, dtype, self._workers)
         self._parts: tuple[Interpreter, Sampler] | None = (
             interpreter,
             Sampler(interpreter.head, program.head.softcap),
@@ -90,6 +93,7 @@ class LocalExecutor:
     def close(self) -> None:
         """Release weights and the KV pool. A later `submit` raises ValueError."""
         self._parts = None
+        self._workers.close()
 
     def profile(self, rows: int, context: int) -> float:
         """Seconds of one step of `rows` rows of one sequence after `context` tokens, with one greedy token.

@@ -13,7 +13,9 @@ STORY_FILES = ("tinystories_a.jsonl.gz", "tinystories_b.jsonl.gz")
 PIECE_FILES = ("tinystories_c_paragraphs.jsonl.gz", "tinystories_d.jsonl.gz")
 HELD_OUT_MODULUS = 50
 
-_PUNCTUATION = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-", "—": "-", "…": "...", "\u00a0": " "})
+_PUNCTUATION = str.maketrans(
+    {"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-", "—": "-", "…": "...", "\u00a0": " "}
+)
 _STORY_START = re.compile(r"\n(?=(?:Once upon a time|Once there (?:was|were)|There once was|Once, )\b)")
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
+from torch.nn import functional
 
 from . import words
 from .words import with_article
@@ -24,7 +23,12 @@ MAX_TOKENS = 480
 def _openings(rng: random.Random) -> str:
     """One story opening that names two or more random nouns early."""
     pick = rng.choice
-    animal, person, thing, place = pick(words.ANIMALS), pick(words.PEOPLE), pick(words.THINGS), pick(words.PLACES)
+    animal, person, thing, place = (
+        pick(words.ANIMALS),
+        pick(words.PEOPLE),
+        pick(words.THINGS),
+        pick(words.PLACES),
+    )
     other, adjective, second = pick(words.ANIMALS), pick(words.ADJECTIVES), pick(words.ADJECTIVES)
     nature, name, item = pick(words.NATURE), pick(words.NAMES), pick(words.THINGS)
     place = place.replace("-", " ")
@@ -35,14 +39,16 @@ def _openings(rng: random.Random) -> str:
         f"Once upon a time, there was {with_article(hero)} named {name}. {name} had {with_article(held)}.",
         f"Once upon a time, {with_article(hero)} found {with_article(held)} in the {place}.",
         f"One day, {with_article(hero)} found {with_article(held)} near the {place}.",
-        f"Once upon a time, in a {adjective} {place}, there lived {with_article(hero)}. The {hero.split()[-1]} loved",
+        f"Once upon a time, in a {adjective} {place}, there lived {with_article(hero)}."
+        f" The {hero.split()[-1]} loved",
         f"{name} was {with_article(hero)} who liked to play with {with_article(held)}.",
         f"Once there was {with_article(hero)} and {with_article(other)}. They lived near the {place}.",
         f"One day, {name} and the {animal} went to the {place}. They saw {with_article(held)}.",
         f"{name} had {with_article(held)} and {with_article(item)}. One day, {with_article(animal)}",
-        f"Once upon a time, there was {with_article(held)}. It lived in the {place} with {with_article(animal)}.",
-        f"Once upon a time, there was {with_article(animal)} who loved the {nature}. The {animal} had a friend,"
-        f" {with_article(other)}.",
+        f"Once upon a time, there was {with_article(held)}."
+        f" It lived in the {place} with {with_article(animal)}.",
+        f"Once upon a time, there was {with_article(animal)} who loved the {nature}."
+        f" The {animal} had a friend, {with_article(other)}.",
         f"One day, {name} saw {with_article(held)} on the {item}.",
         f"Once upon a time, there was a {adjective} {thing} and a {second} {item}.",
         f"{name} wanted {with_article(held)}. But the {animal}",
@@ -71,16 +77,30 @@ class Teacher:
         self.layers, self.eps = config["num_hidden_layers"], config["rms_norm_eps"]
         self.head_dim = config["hidden_size"] // self.heads
         weights = {name: tensor.to(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
-        self.dtype, self.embed, self.norm = dtype, weights["model.embed_tokens.weight"], weights["model.norm.weight"]
+        self.dtype, self.embed, self.norm = (
+            dtype,
+            weights["model.embed_tokens.weight"],
+            weights["model.norm.weight"],
+        )
         self.blocks = []
         for layer in range(self.layers):
             w = {k.split(f"layers.{layer}.")[1]: v for k, v in weights.items() if f"layers.{layer}." in k}
             qkv = torch.cat([w[f"self_attn.{p}_proj.weight"] for p in "qkv"])
             up = torch.cat([w["mlp.gate_proj.weight"], w["mlp.up_proj.weight"]])
-            self.blocks.append((w["input_layernorm.weight"], qkv, w["self_attn.o_proj.weight"],
-                                w["post_attention_layernorm.weight"], up, w["mlp.down_proj.weight"]))
-        angles = torch.outer(torch.arange(MAX_TOKENS + 1).float(),
-                             config["rope_theta"] ** (-torch.arange(0, self.head_dim, 2).float() / self.head_dim))
+            self.blocks.append(
+                (
+                    w["input_layernorm.weight"],
+                    qkv,
+                    w["self_attn.o_proj.weight"],
+                    w["post_attention_layernorm.weight"],
+                    up,
+                    w["mlp.down_proj.weight"],
+                )
+            )
+        angles = torch.outer(
+            torch.arange(MAX_TOKENS + 1).float(),
+            config["rope_theta"] ** (-torch.arange(0, self.head_dim, 2).float() / self.head_dim),
+        )
         self.cos = torch.cat([angles.cos()] * 2, -1).to(dtype)
         self.sin = torch.cat([-angles.sin(), angles.sin()], -1).to(dtype)
 
@@ -95,23 +115,27 @@ class Teacher:
     def step(self, ids: torch.Tensor, cache: list[torch.Tensor], position: int) -> torch.Tensor:
         """Logits [B, V] (fp32) after one token per sequence; writes the cache at ``position``."""
         batch, hd = ids.shape[0], self.head_dim
-        hidden = F.embedding(ids, self.embed)
+        hidden = functional.embedding(ids, self.embed)
         half = hd // 2
         for layer, (norm1, qkv, out, norm2, up, down) in enumerate(self.blocks):
-            mixed = F.linear(F.rms_norm(hidden, norm1.shape, norm1, self.eps), qkv)
+            mixed = functional.linear(functional.rms_norm(hidden, norm1.shape, norm1, self.eps), qkv)
             mixed = mixed.view(batch, self.heads + 2 * self.kv_heads, hd)
             rotated = mixed[:, : self.heads + self.kv_heads]
             swapped = torch.cat([rotated[..., half:], rotated[..., :half]], -1)
             rotated = rotated * self.cos[position] + swapped * self.sin[position]
             keys, values = cache[2 * layer], cache[2 * layer + 1]
-            keys[:, :, position] = rotated[:, self.heads:]
-            values[:, :, position] = mixed[:, self.heads + self.kv_heads:]
+            keys[:, :, position] = rotated[:, self.heads :]
+            values[:, :, position] = mixed[:, self.heads + self.kv_heads :]
             query = rotated[:, : self.heads].view(batch, self.kv_heads, self.heads // self.kv_heads, hd)
-            attended = F.scaled_dot_product_attention(query, keys[:, :, : position + 1], values[:, :, : position + 1])
-            hidden = hidden + F.linear(attended.reshape(batch, -1), out)
-            gate, value = F.linear(F.rms_norm(hidden, norm2.shape, norm2, self.eps), up).chunk(2, -1)
-            hidden = hidden + F.linear(F.silu(gate) * value, down)
-        return F.linear(F.rms_norm(hidden, self.norm.shape, self.norm, self.eps), self.embed).float()
+            attended = functional.scaled_dot_product_attention(
+                query, keys[:, :, : position + 1], values[:, :, : position + 1]
+            )
+            hidden = hidden + functional.linear(attended.reshape(batch, -1), out)
+            normed = functional.rms_norm(hidden, norm2.shape, norm2, self.eps)
+            gate, value = functional.linear(normed, up).chunk(2, -1)
+            hidden = hidden + functional.linear(functional.silu(gate) * value, down)
+        hidden = functional.rms_norm(hidden, self.norm.shape, self.norm, self.eps)
+        return functional.linear(hidden, self.embed).float()
 
 
 def _draw(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
@@ -122,7 +146,9 @@ def _draw(logits: torch.Tensor, temperature: float, generator: torch.Generator) 
 
 
 @torch.inference_mode()
-def sample_batch(teacher: Teacher, prompts: list[list[int]], temperature: float, seed: int) -> list[list[int] | None]:
+def sample_batch(
+    teacher: Teacher, prompts: list[list[int]], temperature: float, seed: int
+) -> list[list[int] | None]:
     """Continue every prompt to its end-of-story token; None for a story that does not end in time."""
     generator = torch.Generator().manual_seed(seed)
     width = max(len(prompt) for prompt in prompts)
@@ -180,7 +206,9 @@ def read_samples(folder: Path) -> Iterator[str]:
                 yield json.loads(line)["text"]
 
 
-def run(data: Path, work: Path, stories: list[str], tokens: int, batch: int, temperature: float, seed: int) -> None:
+def run(
+    data: Path, work: Path, stories: list[str], tokens: int, batch: int, temperature: float, seed: int
+) -> None:
     """Sample until ``tokens`` teacher tokens are there. Restartable: a whole batch is one atomic file."""
     folder = work / "samples"
     folder.mkdir(parents=True, exist_ok=True)
@@ -193,8 +221,12 @@ def run(data: Path, work: Path, stories: list[str], tokens: int, batch: int, tem
     while total < tokens:
         start = time.perf_counter()
         prefixes = [prefix_for(seed, number * batch + row, stories) for row in range(batch)]
-        prompts = [[BOS] + [i for i in tokenizer.encode(p, add_special_tokens=False).ids if i not in (BOS, EOS)][:80]
-                   if p else [BOS] for p in prefixes]
+        prompts = [
+            [BOS, *[i for i in tokenizer.encode(p, add_special_tokens=False).ids if i not in (BOS, EOS)][:80]]
+            if p
+            else [BOS]
+            for p in prefixes
+        ]
         results = [ids for ids in sample_batch(teacher, prompts, temperature, seed * 100003 + number) if ids]
         count = sum(len(ids) + 1 for ids in results)
         part = folder / "part.tmp"
@@ -202,8 +234,11 @@ def run(data: Path, work: Path, stories: list[str], tokens: int, batch: int, tem
             stream.write(json.dumps({"tokens": count, "stories": len(results)}) + "\n")
             for ids in results:
                 stream.write(json.dumps({"text": tokenizer.decode(ids).strip()}, ensure_ascii=False) + "\n")
-        os.replace(part, folder / f"samples-{number:05d}.jsonl")
+        part.replace(folder / f"samples-{number:05d}.jsonl")
         total += count
         number += 1
         speed = count / (time.perf_counter() - start)
-        print(f"batch {number}: {len(results)}/{batch} stories, {total} tokens, {speed:.0f} tokens/s", flush=True)
+        print(
+            f"batch {number}: {len(results)}/{batch} stories, {total} tokens, {speed:.0f} tokens/s",
+            flush=True,
+        )

@@ -29,9 +29,12 @@ SPLIT = 128
 
 _TILE_UNIT = 4
 _PAGES_PER_SPLIT = SPLIT // PAGE_SIZE
-_SCORES_PER_RANGE = 1 << 20
-_KEYS_PER_RANGE = 1 << 21
-_MAX_SINGLE_ROWS = 64
+_SCORES_PER_RANGE = 1 << 18
+_KEYS_PER_RANGE = 1 << 19
+"""A range's scores (1 MiB) and its gathered keys and values (2 MiB) should stay in the caches; they bound the
+memory of a long context, too."""
+
+_MAX_SINGLE_ROWS = 32
 _BLOCK_ROWS = 128
 _WORTH_A_GROUP = 4
 """Row-splits of masked work that cost about as much as the calls of one more group."""
@@ -116,6 +119,7 @@ class AttentionPlan:
         self._window = window
         self._pool = pool
         self.groups: list[Group] = []
+        """Independent of each other, the most work first."""
         starts = batch.starts.astype(np.intp)
         lengths = np.diff(starts)
         has_tree = bool((batch.parents >= 0).any())
@@ -135,6 +139,7 @@ class AttentionPlan:
                 self._add(rows, _Paths(logical[rows], tables[s : s + 1]))
         if has_tree:
             self._add_trees(batch, in_tree, logical, tables)
+        self.groups.reverse()
 
     def _add_trees(self, batch: TokenBatch, in_tree: NDArray[np.bool_], logical: Indices, tables: Indices) -> None:
         """Each row of a tree is a sequence of its own: the committed pages, then its ancestors' slots by
@@ -210,20 +215,19 @@ class AttentionPlan:
         return TreeKeys(members[inside], keys[inside] - first * SPLIT, frames, pages, offsets)
 
 
-def run_attention(op: Attention, plan: AttentionPlan, pool: KVPool, source: Float32, out: Float32) -> None:
-    """`Attention` for all rows of the plan: source fp32 [T', num_heads * head_dim], out likewise."""
+def run_attention(op: Attention, group: Group, pool: KVPool, source: Float32, out: Float32) -> None:
+    """`Attention` for the rows of one group: source fp32 [T', num_heads * head_dim], out likewise."""
     shape = HeadShape.of(op)
-    scale = np.float32(op.scale)
-    for group in plan.groups:
-        count, num_queries = group.rows.shape
-        heads = (count, num_queries, shape.num_kv_heads, shape.group, shape.head_dim)
-        queries = np.zeros((count, shape.num_kv_heads, group.num_tiles, shape.rows, shape.head_dim), np.float32)
-        placed = _by_query(queries, shape)[:, :, :num_queries, : shape.group]
-        rows = _row_index(group.rows)
-        np.multiply(source[rows].reshape(heads).transpose(0, 2, 1, 3, 4), scale, out=placed)
-        result = _attend(op.layer, group, pool, queries)
-        placed = _by_query(result, shape)[:, :, :num_queries, : shape.group]
-        out[rows] = placed.transpose(0, 2, 1, 3, 4).reshape(count * num_queries, -1)
+    count, num_queries = group.rows.shape
+    tiles = (count, shape.num_kv_heads, group.num_tiles, shape.rows, shape.head_dim)
+    heads = (count, num_queries, shape.num_kv_heads, shape.group, shape.head_dim)
+    queries = np.zeros(tiles, np.float32)
+    placed = _by_query(queries, shape)[:, :, :num_queries, : shape.group]
+    rows = _row_index(group.rows)
+    np.multiply(source[rows].reshape(heads).transpose(0, 2, 1, 3, 4), np.float32(op.scale), out=placed)
+    result = _attend(op.layer, group, pool, queries)
+    placed = _by_query(result, shape)[:, :, :num_queries, : shape.group]
+    out[rows] = placed.transpose(0, 2, 1, 3, 4).reshape(count * num_queries, -1)
 
 
 def _attend(layer: int, group: Group, pool: KVPool, queries: Float32) -> Float32:

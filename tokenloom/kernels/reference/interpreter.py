@@ -12,6 +12,7 @@ fp32 with the checkpoint's values, which fit exactly.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -25,10 +26,14 @@ from tokenloom.kernels.reference.attention import AttentionPlan, HeadShape, run_
 from tokenloom.kernels.reference.gemm import COLUMN_UNIT, ROW_TILE, PackedLinear, padded
 from tokenloom.kernels.reference.kv_pool import Indices, KVPool
 from tokenloom.kernels.reference.rounding import from_bfloat16_bits, round_bfloat16
+from tokenloom.kernels.reference.workers import Workers
 
 Float32 = NDArray[np.float32]
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+_BLOCK_ROWS = 128
+"""Rows per block of a linear: its product should stay in the caches for the epilogue."""
 
 _ONE = np.float32(1)
 
@@ -86,12 +91,14 @@ class Interpreter:
         rope: tuple[Float32, Float32],
         pool: KVPool,
         dtype: str,
+        workers: Workers,
     ) -> None:
         if dtype not in DTYPES:
             raise UnsupportedFeature(f"dtype {dtype}", f"the reference backend has {', '.join(DTYPES)}")
         program.check()
         self.program = program
         self._pool = pool
+        self._workers = workers
         self._rope = rope
         self._rounds = dtype == "bfloat16"
         self._weights = {
@@ -187,21 +194,25 @@ class Interpreter:
         depth, width, columns = packed.depth, self._widths[op.out], packed.num_columns
         rounds, direct = op.out in self._rounded, op.epilogue == "none"
 
-        def run(step: Step) -> None:
-            target = step.wide[out]
-            wide = target if direct else np.empty((step.padded_rows, packed.padded_columns), np.float32)
-            packed.multiply(step.wide[source][:, :depth], wide)
+        def block(step: Step, begin: int) -> None:
+            rows = slice(begin, min(begin + _BLOCK_ROWS, step.padded_rows))
+            target = step.wide[out][rows]
+            wide = target if direct else np.empty((len(target), packed.padded_columns), np.float32)
+            packed.multiply(step.wide[source][rows, :depth], wide)
             y = wide[:, :columns]
             if bias is not None:
                 y += bias
             if delta is not None:
-                y += step.wide[delta][:, :columns]
+                y += step.wide[delta][rows, :columns]
             if epilogue == "residual":
                 target[:, :width] += y
             elif epilogue == "silu_mul":
                 _silu_mul(y, target[:, :width])
             if rounds:
                 round_bfloat16(target[:, :width])
+
+        def run(step: Step) -> None:
+            self._workers.run([partial(block, step, i) for i in range(0, step.padded_rows, _BLOCK_ROWS)])
 
         return run
 
@@ -242,7 +253,9 @@ class Interpreter:
 
         def run(step: Step) -> None:
             target = step.wide[op.out][:, :width]
-            run_attention(op, step.attention_plan(op), pool, step.wide[op.source][:, :width], target)
+            queries = step.wide[op.source][:, :width]
+            groups = step.attention_plan(op).groups
+            self._workers.run([partial(run_attention, op, group, pool, queries, target) for group in groups])
             if rounds:
                 round_bfloat16(target)
 
