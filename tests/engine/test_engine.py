@@ -300,3 +300,18 @@ def test_a_full_hit_computes_one_row_and_stores_nothing() -> None:
     drain(engine)
     (batch,) = batches
     assert batch.num_rows == 1 and batch.slots.tolist() == [-1] and batch.positions.tolist() == [31]
+
+
+def test_a_preempted_sequence_that_comes_back_to_a_full_hit_stores_nothing() -> None:
+    engine = simulated_engine(num_pages=64)
+    engine.add_request(request("a", range(4, 20), max_tokens=40))
+    while len(engine.scheduler.live["a"][0].tokens) < 33:
+        engine.step()
+    # 32 of its 33 tokens are stored; forget the last token's turn and preempt it at a page border.
+    seq = engine.scheduler.live["a"][0]
+    seq.tokens.pop()
+    engine.scheduler._preempt(seq)
+    batches = watch(engine)
+    engine.step()
+    (batch,) = batches
+    assert batch.positions.tolist() == [31] and batch.slots.tolist() == [-1]

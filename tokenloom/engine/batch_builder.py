@@ -72,14 +72,14 @@ def build_batch(plan: Plan, table: SequenceTable) -> TokenBatch:
         tokens = seq.tokens
         rows.append(seq.row)
         contexts.append(start)
+        if seq.num_stored > start:
+            unwritten.extend(range(offset, offset + seq.num_stored - start))
         if end - start == 1 and end > seq.num_prompt:
             token_ids.append(tokens[start])
             work.append(Work.DECODE)
         else:
             token_ids.extend(tokens[start:end])
             work.append(Work.PREFILL)
-            if seq.num_stored > start:
-                unwritten.extend(range(offset, offset + seq.num_stored - start))
             if seq.prompt_logprobs is not None:
                 for position in range(max(start, seq.num_scored), min(end, seq.num_prompt - 1)):
                     entries.append(LogitEntry(seq, tokens[position + 1]))

@@ -1,0 +1,142 @@
+"""From a configuration to a running engine: the one place that knows all the parts."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Final
+
+from tokenloom.config import Config
+from tokenloom.engine.engine import Engine, EngineLimits
+from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
+from tokenloom.engine.policies.queue_order import QueueOrder
+from tokenloom.engine.policies.token_budget import choose_budget
+from tokenloom.models.loading import LoadedModel, describe_model, load_model
+from tokenloom.models.memory_plan import MemoryPlan
+from tokenloom.runtime.local import LocalExecutor
+from tokenloom.serving.client import ModelCard
+from tokenloom.serving.load_listener import LoadListener
+from tokenloom.serving.model_directory import model_directory, model_name
+from tokenloom.serving.requests import SeedSource
+from tokenloom.text.output_text import make_stop_checker
+from tokenloom.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+_TILE: Final = 16
+"""Budgets are chosen in multiples of this many rows."""
+
+_KV_DTYPE: Final = "float32"
+_PROFILE_RUNS: Final = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineParts:
+    """An engine and what belongs to it. `engine.close()` releases the executor and with it the memory."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    card: ModelCard
+    seeds: SeedSource
+
+
+def build_engine(config: Config, listener: LoadListener) -> EngineParts:
+    """Load what `config` names and build the engine on the local executor.
+
+    The memory plan is made, and told to `listener`, before anything is allocated. Raises `ModelError`,
+    `OutOfMemory` or `InvalidParameter`.
+    """
+    directory = model_directory(config.model.model)
+    tokenizer = Tokenizer.from_dir(directory)
+    scheduler = config.scheduler
+    budget = ChunkedPrefill(scheduler.max_batch_tokens, scheduler.max_chunk_tokens)
+    max_running = min(scheduler.max_running, budget.max_running)
+    described = describe_model(directory, max_context=config.model.max_context)
+    plan = MemoryPlan.fit(
+        described.config,
+        described.program,
+        max_batch_tokens=scheduler.max_batch_tokens,
+        max_running=max_running,
+        num_pages=config.cache.num_pages,
+        kv_memory_bytes=config.cache.kv_memory_mb << 20,
+    )
+    listener.plan(plan.render())
+    model = load_model(
+        directory, dtype=config.model.dtype, max_context=config.model.max_context, progress=listener.advance
+    )
+    executor = LocalExecutor(
+        model.program,
+        model.weights,
+        model.rope,
+        num_frames=plan.num_frames,
+        frame_bytes=plan.frame_bytes,
+        pages_per_frame=plan.pages_per_frame,
+        dtype=model.dtype,
+        kv_dtype=_KV_DTYPE,
+    )
+    limits = _limits(config, model, plan, executor, max_running)
+    if scheduler.target_itl_ms > 0:
+        budget = _measured_budget(
+            executor, min(limits.max_context, plan.num_tokens), budget, scheduler.target_itl_ms
+        )
+    engine = Engine(
+        executor,
+        limits,
+        budget=budget,
+        order=QueueOrder(scheduler.policy, scheduler.age_bound_s),
+        stop_checkers=make_stop_checker(tokenizer),
+    )
+    card = _card(config, model, executor, engine)
+    return EngineParts(engine=engine, tokenizer=tokenizer, card=card, seeds=SeedSource(config.runtime.seed))
+
+
+def _limits(
+    config: Config, model: LoadedModel, plan: MemoryPlan, executor: LocalExecutor, max_running: int
+) -> EngineLimits:
+    return EngineLimits(
+        vocab_size=model.config.vocab_size,
+        max_context=model.config.max_context,
+        num_pages=plan.num_pages,
+        pages_per_frame=plan.pages_per_frame,
+        max_running=max_running,
+        max_waiting=config.scheduler.max_waiting,
+        eos_token_ids=model.config.eos_token_ids,
+        identity=(model.content_id, executor.numerics_id, model.dtype, _KV_DTYPE),
+        prefix_cache=config.cache.prefix_cache,
+        debug=config.runtime.debug,
+    )
+
+
+def _measured_budget(
+    executor: LocalExecutor, max_context: int, budget: ChunkedPrefill, target_itl_ms: float
+) -> ChunkedPrefill:
+    """The largest budget, at most `budget`, whose steps meet the target behind a quarter of the context."""
+    sizes = [min(budget.max_batch_tokens, max_context)]
+    while sizes[-1] >= 2 * _TILE:
+        sizes.append(sizes[-1] // 2)
+    executor.profile(sizes[0], 0)
+    profile = []
+    for rows in sizes:
+        context = min(max_context // 4, max_context - rows)
+        profile.append((rows, median(executor.profile(rows, context) for _ in range(_PROFILE_RUNS))))
+    chosen = min(choose_budget(profile, target_itl_ms / 1000, _TILE), budget.max_batch_tokens)
+    log.info("steps of %d rows meet %g ms between tokens", chosen, target_itl_ms)
+    return replace(budget, max_batch_tokens=chosen)
+
+
+def _card(config: Config, model: LoadedModel, executor: LocalExecutor, engine: Engine) -> ModelCard:
+    defaults = model.generation
+    return ModelCard(
+        name=model_name(config.model.model, config.model.served_model_name),
+        created=int(time.time()),
+        max_context=engine.max_context,
+        vocab_size=model.config.vocab_size,
+        max_running=engine.max_running,
+        max_requests=engine.max_running + config.scheduler.max_waiting,
+        numerics_id=executor.numerics_id,
+        default_temperature=defaults.temperature,
+        default_top_p=defaults.top_p,
+        default_top_k=defaults.top_k,
+    )

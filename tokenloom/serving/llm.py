@@ -1,0 +1,308 @@
+"""The Python face: an engine in this process, for scripts and notebooks."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, Final, NamedTuple
+
+from tokenloom.config import Config, make_config
+from tokenloom.engine.sampling_params import SamplingParams
+from tokenloom.errors import InvalidParameter, TokenloomError
+from tokenloom.serving.assembly import EngineParts, build_engine
+from tokenloom.serving.client import ModelCard
+from tokenloom.serving.outputs import Collected, RequestOutput
+from tokenloom.serving.progress import ConsoleLoad, RequestBar
+from tokenloom.serving.requests import make_request
+from tokenloom.serving.threads import set_blas_threads
+from tokenloom.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""A text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
+
+Message = Mapping[str, Any]
+"""One chat message: {"role": ..., "content": ...}."""
+
+BAR_FROM: Final = 8
+"""Lists of at least this many prompts show a progress bar."""
+
+
+class _Tokenized(NamedTuple):
+    text: str | None
+    token_ids: list[int]
+
+
+class LLM:
+    """A model and its engine in this process. Not for use from several threads at once: calls take turns.
+
+    `model` is the directory of a Hugging Face checkpoint, empty for the embedded model. Every other option of
+    the configuration may be given by its name (`dtype`, `max_batch_tokens`, `num_pages`, `seed`, ...). Raises
+    `InvalidParameter` for an unknown name or a bad value, `ModelError` for a checkpoint that cannot be
+    served, `OutOfMemory` when it does not fit.
+
+    What a prompt gets does not depend on the other prompts of the call.
+    """
+
+    def __init__(self, model: str = "", **options: Any) -> None:
+        config = make_config({"model": str(model), **options})
+        if config.runtime.threads > 0 and not set_blas_threads(config.runtime.threads):
+            log.warning("threads=%d has no effect: no OpenBLAS is loaded", config.runtime.threads)
+        self._set_up(config, build_engine(config, ConsoleLoad()))
+
+    @classmethod
+    def from_parts(cls, config: Config, parts: EngineParts) -> LLM:
+        """An `LLM` on an engine that was built elsewhere; it owns the engine from now on."""
+        llm = cls.__new__(cls)
+        llm._set_up(config, parts)
+        return llm
+
+    def _set_up(self, config: Config, parts: EngineParts) -> None:
+        self.config = config
+        self._parts = parts
+        self._request_ids = itertools.count()
+        self._turn = threading.Lock()
+        self._token_texts: dict[int, str] = {}
+        self._closed = False
+
+    @property
+    def card(self) -> ModelCard:
+        """Name, context length and defaults of the model."""
+        return self._parts.card
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer of the model."""
+        return self._parts.tokenizer
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        return self._parts.tokenizer.encode(text, add_special_tokens)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What a request without parameters gets: the defaults of the model's generation_config.json."""
+        card = self._parts.card
+        defaults: dict[str, Any] = {
+            "temperature": card.default_temperature,
+            "top_p": card.default_top_p,
+            "top_k": card.default_top_k,
+        }
+        return SamplingParams(**{name: value for name, value in defaults.items() if value is not None})
+
+    # --- generating --------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete the prompts; the results are in their order.
+
+        `sampling_params` is one for all or one for each (None: the model's defaults). `progress` draws a bar
+        for 8 prompts and more (None: where stderr is a terminal); `use_tqdm=False`, as in vLLM, draws none.
+        Every request is checked before any is added: `InvalidParameter` or `ContextLengthExceeded` leaves
+        the engine as it was. Ctrl-C cancels what runs after the step in flight.
+        """
+        tokenized = self._tokenize(_prompt_list(prompts), True)
+        return self._serve(tokenized, sampling_params, progress if use_tqdm else False)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        progress: bool | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of a list of them, through the model's chat template.
+
+        With `continue_final_message` the last message is a beginning that the model continues
+        (`add_generation_prompt` must be False then). Otherwise as `generate`.
+        """
+        if continue_final_message and add_generation_prompt:
+            raise InvalidParameter(
+                "add_generation_prompt", True, "false together with continue_final_message"
+            )
+        texts: list[str] = []
+        for conversation in _conversation_list(messages):
+            texts.append(
+                self._parts.tokenizer.render_chat(
+                    conversation,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                )
+            )
+        return self._serve(self._tokenize(texts, False), sampling_params, progress if use_tqdm else False)
+
+    def _tokenize(self, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[_Tokenized]:
+        given = [_text_or_ids(prompt) for prompt in prompts]
+        texts = [text for text, ids in given if ids is None and text is not None]
+        encoded = iter(self._parts.tokenizer.encode_batch(texts, add_special_tokens))
+        return [_Tokenized(text, next(encoded) if ids is None else ids) for text, ids in given]
+
+    def _serve(
+        self,
+        prompts: list[_Tokenized],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        progress: bool | None,
+    ) -> list[RequestOutput]:
+        params = self._params_list(sampling_params, len(prompts))
+        with self._turn:
+            if self._closed:
+                raise TokenloomError("this LLM is closed")
+            engine, tokenizer, seeds = self._parts.engine, self._parts.tokenizer, self._parts.seeds
+            collected: dict[str, Collected] = {}
+            for prompt, own in zip(prompts, params, strict=True):
+                request_id = str(next(self._request_ids))
+                request = make_request(tokenizer, prompt.token_ids, own, request_id=request_id)
+                engine.check_request(request)
+                collected[request_id] = Collected(request, prompt.text)
+            for entry in collected.values():
+                entry.request.params = seeds.fill(entry.request.params)
+            shown = len(prompts) >= BAR_FROM and (sys.stderr.isatty() if progress is None else progress)
+            self._run(collected, RequestBar(len(prompts), shown=shown))
+            return [entry.output(tokenizer, self._decode_token) for entry in collected.values()]
+
+    def _run(self, collected: dict[str, Collected], bar: RequestBar) -> None:
+        engine = self._parts.engine
+        queued = deque(entry.request for entry in collected.values())
+        try:
+            with _deferred_interrupt() as interrupted, bar:
+                while (queued or engine.has_work) and not interrupted:
+                    while queued and len(engine.scheduler.waiting) < engine.limits.max_waiting:
+                        engine.add_request(queued.popleft())
+                    num_ended = num_tokens = 0
+                    for delta in engine.step():
+                        collected[delta.request_id].add(delta)
+                        num_ended += delta.last
+                        num_tokens += len(delta.token_ids)
+                    bar.advance(num_ended, num_tokens)
+            if interrupted:
+                raise KeyboardInterrupt
+        except BaseException:
+            for request_id in collected:
+                engine.cancel(request_id)
+            raise
+
+    def _params_list(
+        self, given: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> Sequence[SamplingParams]:
+        if given is None:
+            given = self.get_default_sampling_params()
+        if isinstance(given, SamplingParams):
+            return [given] * count
+        if len(given) != count:
+            raise InvalidParameter(
+                "sampling_params", f"{len(given)} entries", f"one, or one for each of {count} prompts"
+            )
+        for params in given:
+            if not isinstance(params, SamplingParams):
+                raise InvalidParameter("sampling_params", params, "SamplingParams")
+        return given
+
+    def _decode_token(self, token_id: int) -> str:
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self._token_texts[token_id] = self._parts.tokenizer.token_text(token_id)
+        return text
+
+    # --- the end -----------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Release memory and threads. More calls of `generate` raise `TokenloomError`."""
+        with self._turn:
+            if not self._closed:
+                self._closed = True
+                self._parts.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many, as a list."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    items: list[Any] = list(prompts)
+    if items and not hasattr(items[0], "__len__"):
+        return [items]
+    return items
+
+
+def _text_or_ids(prompt: Prompt) -> tuple[str | None, list[int] | None]:
+    """The two halves of a prompt; at least one is there, and token ids win."""
+    if isinstance(prompt, str):
+        return prompt, None
+    if not isinstance(prompt, Mapping):
+        return None, _token_ids(prompt)
+    text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    if not isinstance(text, str) and (text is not None or token_ids is None):
+        raise InvalidParameter("prompt", dict(prompt), 'a dictionary with "prompt" or "prompt_token_ids"')
+    return text, None if token_ids is None else _token_ids(token_ids)
+
+
+def _token_ids(value: object) -> list[int]:
+    """Token ids as plain ints; anything else is refused by name."""
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+        raise InvalidParameter("prompt", value, "a text or a list of token ids")
+    token_ids = []
+    for token in value:
+        if isinstance(token, bool) or not hasattr(token, "__index__"):
+            raise InvalidParameter("prompt", token, "a text or a list of token ids")
+        token_ids.append(token.__index__())
+    return token_ids
+
+
+def _conversation_list(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
+    """One conversation or many, as a list."""
+    items: list[Any] = list(messages)
+    if not items:
+        raise InvalidParameter("messages", items, "at least one message")
+    return [items] if isinstance(items[0], Mapping) else items
+
+
+class _Interrupted:
+    """True once Ctrl-C was pressed."""
+
+    def __init__(self) -> None:
+        self._pressed = False
+
+    def __bool__(self) -> bool:
+        return self._pressed
+
+    def press(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler: the first press waits for the step in flight, the second does not."""
+        if self._pressed:
+            raise KeyboardInterrupt
+        self._pressed = True
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[_Interrupted]:
+    """Hold Ctrl-C back, so that no step is cut in the middle; only the main thread may."""
+    interrupted = _Interrupted()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    previous = signal.signal(signal.SIGINT, interrupted.press)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous if previous is not None else signal.default_int_handler)

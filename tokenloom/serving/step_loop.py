@@ -1,0 +1,151 @@
+"""The engine side of the wire: commands in, steps, events out. One thread, whatever carries the messages."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+from tokenloom.engine.engine import Engine
+from tokenloom.engine.plan import StepRecord
+from tokenloom.engine.request import StopChecker, StopCheckerFactory
+from tokenloom.engine.sampling_params import SamplingParams
+from tokenloom.serving.messages import (
+    Add,
+    Cancel,
+    Command,
+    Event,
+    RequestFailed,
+    Shutdown,
+    Stepped,
+    error_body,
+)
+from tokenloom.serving.requests import SeedSource
+
+log = logging.getLogger(__name__)
+
+IDLE_CHECK_SECONDS: Final = 5.0
+MAX_HELD_RECORDS: Final = 32
+
+
+class IsolatedStopCheckers:
+    """Makes stop checkers whose exceptions end their own request and nothing else.
+
+    `request_id` is set before a request is added; `failures` collects (request id, exception) until the loop
+    takes them.
+    """
+
+    def __init__(self, factory: StopCheckerFactory) -> None:
+        self._factory = factory
+        self.request_id = ""
+        self.failures: list[tuple[str, Exception]] = []
+
+    def __call__(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> StopChecker | None:
+        checker = self._factory(prompt_token_ids, params)
+        return None if checker is None else _IsolatedStopChecker(checker, self.request_id, self.failures)
+
+
+class _IsolatedStopChecker:
+    def __init__(self, checker: StopChecker, request_id: str, failures: list[tuple[str, Exception]]) -> None:
+        self._checker: StopChecker | None = checker
+        self._request_id = request_id
+        self._failures = failures
+
+    def push(self, token_id: int) -> str | None:
+        if self._checker is None:
+            return None
+        try:
+            return self._checker.push(token_id)
+        except Exception as error:
+            self._checker = None
+            self._failures.append((self._request_id, error))
+            return None
+
+
+class StepLoop:
+    """Drives one engine.
+
+    `receive(block)` returns the commands that have arrived; with `block` it may wait for some time first.
+    `emit` carries an event away and never blocks. An error of one request ends only that request;
+    an exception out of a step leaves `run`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        receive: Callable[[bool], Iterable[Command]],
+        emit: Callable[[Event], None],
+        seeds: SeedSource | None = None,
+    ) -> None:
+        self.engine = engine
+        self.stopping = False
+        self.num_problems = 0
+        self._receive = receive
+        self._emit = emit
+        self._seeds = seeds or SeedSource()
+        self._checkers = IsolatedStopCheckers(engine.stop_checkers)
+        self._records: list[StepRecord] = []
+        self._checked = time.monotonic()
+        engine.stop_checkers = self._checkers
+        engine.on_step = self._note
+
+    def run(self) -> None:
+        """Serve until a `Shutdown` arrives or `stopping` is set."""
+        engine = self.engine
+        while not self.stopping:
+            for command in self._receive(not engine.has_work):
+                self._handle(command)
+            if engine.has_work and not self.stopping:
+                self._step()
+            else:
+                self._check_books()
+
+    def _handle(self, command: Command) -> None:
+        if isinstance(command, Add):
+            request = command.request
+            self._checkers.request_id = request.request_id
+            try:
+                request.params = self._seeds.fill(request.params)
+                self.engine.add_request(request)
+            except Exception as error:
+                self._fail(request.request_id, error)
+        elif isinstance(command, Cancel):
+            self.engine.cancel(command.request_id)
+        elif isinstance(command, Shutdown):
+            self.stopping = True
+
+    def _step(self) -> None:
+        deltas = self.engine.step()
+        if self._checkers.failures:
+            failed = {request_id for request_id, _ in self._checkers.failures}
+            deltas = [delta for delta in deltas if delta.request_id not in failed]
+            for request_id, error in self._checkers.failures:
+                self.engine.cancel(request_id)
+                self._fail(request_id, error)
+            self._checkers.failures.clear()
+        if deltas or len(self._records) >= MAX_HELD_RECORDS or not self.engine.has_work:
+            self._emit(Stepped(deltas, self._records))
+            self._records = []
+
+    def _note(self, record: StepRecord) -> None:
+        self._records.append(record)
+
+    def _fail(self, request_id: str, error: Exception) -> None:
+        body = error_body(error)
+        if body.kind == "internal":
+            log.error("request %s failed", request_id, exc_info=error)
+        self._emit(RequestFailed(request_id, body))
+
+    def _check_books(self) -> None:
+        """Nothing runs: verify the scheduler's invariants now and then."""
+        now = time.monotonic()
+        if now - self._checked < IDLE_CHECK_SECONDS:
+            return
+        self._checked = now
+        try:
+            self.engine.scheduler.check()
+        except AssertionError as problem:
+            # A wrong book is worth a report, not the requests of everybody.
+            self.num_problems += 1
+            log.error("self-check problem %d: %s", self.num_problems, problem)
