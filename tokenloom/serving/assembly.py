@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 _TILE: Final = 16
 """Budgets are chosen in multiples of this many rows."""
 
-_KV_DTYPE: Final = "float32"
 _PROFILE_RUNS: Final = 3
 
 
@@ -54,6 +53,8 @@ def build_engine(config: Config, listener: LoadListener) -> EngineParts:
     budget = ChunkedPrefill(scheduler.max_batch_tokens, scheduler.max_chunk_tokens)
     max_running = min(scheduler.max_running, budget.max_running)
     described = describe_model(directory, max_context=config.model.max_context)
+    # K and V are rounded like the other activations: not at all unless the arithmetic is bfloat16.
+    kv_dtype = "bfloat16" if config.model.dtype == "bfloat16" else "float32"
     plan = MemoryPlan.fit(
         described.config,
         described.program,
@@ -61,6 +62,8 @@ def build_engine(config: Config, listener: LoadListener) -> EngineParts:
         max_running=max_running,
         num_pages=config.cache.num_pages,
         kv_memory_bytes=config.cache.kv_memory_mb << 20,
+        dtype=config.model.dtype,
+        kv_dtype=kv_dtype,
     )
     listener.plan(plan.render())
     model = load_model(
@@ -74,7 +77,7 @@ def build_engine(config: Config, listener: LoadListener) -> EngineParts:
         frame_bytes=plan.frame_bytes,
         pages_per_frame=plan.pages_per_frame,
         dtype=model.dtype,
-        kv_dtype=_KV_DTYPE,
+        kv_dtype=kv_dtype,
     )
     limits = _limits(config, model, plan, executor, max_running)
     if scheduler.target_itl_ms > 0:
@@ -103,7 +106,7 @@ def _limits(
         max_running=max_running,
         max_waiting=config.scheduler.max_waiting,
         eos_token_ids=model.config.eos_token_ids,
-        identity=(model.content_id, executor.numerics_id, model.dtype, _KV_DTYPE),
+        identity=(model.content_id, executor.numerics_id),
         prefix_cache=config.cache.prefix_cache,
         debug=config.runtime.debug,
     )
