@@ -8,9 +8,9 @@ key      seed[0:32]       seed[32:64]
 counter  token id // 4    position[0:32]    sample index    position[32:56] | purpose << 24
 output   word token id % 4
 ```
-Distinct (seed, sample index, purpose, position, token id) never share an output word: positions are below 2^56
-and purposes below 2^8, so the four counter words and the word number give all five back. Four neighbouring
-tokens share a block, which makes a row over the whole vocabulary four times cheaper.
+Distinct (seed, sample index, purpose, position, token id) never share an output word: positions are below
+2^56 and purposes below 2^8, so the four counter words and the word number give all five back. Four
+neighbouring tokens share a block, which makes a row over the whole vocabulary four times cheaper.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ UInt32 = NDArray[np.uint32]
 UInt64 = NDArray[np.uint64]
 Float64 = NDArray[np.float64]
 
-MIN_GUMBEL = -3.14
+MIN_GUMBEL = -3.13
 MAX_GUMBEL = 22.88
 """32-bit noise lies strictly between these."""
 
@@ -61,13 +61,19 @@ def philox(counter: tuple[UInt64, UInt64, UInt64, UInt64], key: tuple[UInt64, UI
 
 
 def token_bits(
-    seeds: UInt64, sample_index: UInt32, positions: NDArray[np.int64], token_ids: NDArray[Any], purpose: Purpose
+    seeds: UInt64,
+    sample_index: UInt32,
+    positions: NDArray[np.int64],
+    token_ids: NDArray[Any],
+    purpose: Purpose,
 ) -> UInt32:
     """Noise bits of single tokens; all arguments are arrays of one length (or broadcast to it)."""
     tokens = token_ids.astype(np.uint64)
     counter, key = _words(seeds, sample_index, positions, purpose, tokens >> np.uint64(2))
     words = np.stack(np.broadcast_arrays(*philox(counter, key)))
-    return np.take_along_axis(words, (tokens & np.uint64(3)).astype(np.intp)[None], axis=0)[0].astype(np.uint32)
+    found = np.take_along_axis(words, (tokens & np.uint64(3)).astype(np.intp)[None], axis=0)[0]
+    bits: UInt32 = found.astype(np.uint32)
+    return bits
 
 
 def vocabulary_bits(
@@ -107,9 +113,9 @@ _MANTISSA_BITS = np.int64(0x000FFFFFFFFFFFFF)
 def log(x: Float64) -> Float64:
     """Natural logarithm of positive normal float64 numbers, within one unit in the last place.
 
-    The algorithm of fdlibm (Sun Microsystems 1993): x = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), then a
-    polynomial in s = f / (2 + f). Only IEEE + - * / and bit operations in the written order, each rounded (no
-    fused multiply-add), so that any language gives these bits.
+    The algorithm of fdlibm (Sun Microsystems 1993): x = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), then
+    a polynomial in s = f / (2 + f). Only IEEE + - * / and bit operations in the written order, each rounded
+    (no fused multiply-add), so that any language gives these bits.
     """
     bits = np.asarray(x, np.float64).view(np.int64) + (_ONE_BITS - _SQRT_HALF_BITS)
     k = ((bits >> np.int64(52)) - np.int64(0x3FF)).astype(np.float64)

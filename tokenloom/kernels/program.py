@@ -1,8 +1,8 @@
 """The forward pass as data: a flat list of op records over named buffers.
 
 A family (`models/`) emits the records once at load through a `ProgramBuilder`; a backend walks the list each
-step. Every record states the arithmetic that it stands for and where values are rounded, so that a backend has
-nothing to decide. Buffers hold one row per row of the token batch.
+step. Every record states the arithmetic that it stands for and where values are rounded, so that a backend
+has nothing to decide. Buffers hold one row per row of the token batch.
 
 ```
 Embed -> x
@@ -16,6 +16,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+SPLIT = 128
+"""Keys per split of attention: a constant of the numerics contract."""
 
 BufferDtype = Literal["float32", "activation"]
 Epilogue = Literal["none", "silu_mul", "residual"]
@@ -41,8 +44,8 @@ class WeightSpec:
     """A weight as the program wants it: `shape` [out, in] for linears, [n] for vectors.
 
     `sources` are the Hugging Face tensors that are concatenated along axis 0. `transposed`: the checkpoint
-    stores [in, out]. `optional`: a checkpoint may lack it, and the loader then leaves it out (biases only: the
-    op runs without it).
+    stores [in, out]. `optional`: a checkpoint may lack it, and the loader then leaves it out (biases only:
+    the op runs without it).
     """
 
     name: str
@@ -77,11 +80,12 @@ class RMSNorm:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """y = source @ weight.T with one fp32 accumulator per element, + bias, + delta, then the epilogue in fp32.
+    """y = source @ weight.T with one fp32 accumulator per element, + bias, + delta, then the epilogue in
+    fp32.
 
     none: out = y. residual: out += y. silu_mul: weight stacks gate and up, y = [g, u] and
-    out = (g / (1 + exp(-g))) * u, half as wide. The result is rounded once to the dtype of `out`. `delta` names
-    an fp32 buffer as wide as y (an adapter's product); it is added before the epilogue.
+    out = (g / (1 + exp(-g))) * u, half as wide. The result is rounded once to the dtype of `out`. `delta`
+    names an fp32 buffer as wide as y (an adapter's product); it is added before the epilogue.
     """
 
     source: str
@@ -94,14 +98,15 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class RopeStore:
-    """Split qkv = [q heads | k heads | v heads], rotate q and k, store k and v of layer `layer` in the KV pool.
+    """Split qkv = [q heads | k heads | v heads], rotate q and k, store k and v of layer `layer` in the KV
+    pool.
 
     The leading `rotary_dim` dimensions of a head rotate in halves (x1, x2):
     (x1 * cos - x2 * sin, x2 * cos + x1 * sin), each product and the sum rounded to fp32 (RoFormer, Su et al.
-    2021, in the half-split layout of Hugging Face). `q_norm` and `k_norm` name weights [head_dim] of an RMSNorm
-    over each head before the rotation. q goes to `out` in fp32; k and v are rounded once to the KV dtype. A
-    stored value that is not finite is replaced (NaN by 0, infinities by the largest number), so that a broken
-    request cannot poison a page that another one gets later.
+    2021, in the half-split layout of Hugging Face). `q_norm` and `k_norm` name weights [head_dim] of an
+    RMSNorm over each head before the rotation. q goes to `out` in fp32; k and v are rounded once to the KV
+    dtype. A stored value that is not finite is replaced (NaN by 0, infinities by the largest number), so that
+    a broken request cannot poison a page that another one gets later.
     """
 
     source: str
@@ -118,7 +123,7 @@ class RopeStore:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """out = softmax(q . k) . v over the keys that a row sees, in splits of 128 keys of its path.
+    """out = softmax(q . k) . v over the keys that a row sees, in splits of `SPLIT` keys of its path.
 
     q is multiplied by `scale` (one fp32 rounding) before the dot products. Per split: m = max of scores,
     p = exp(score - m), l = sum of p, o = p @ v; splits merge in order by
@@ -233,7 +238,9 @@ class ProgramBuilder:
         self, source: str, out: str, *, layer: int, num_heads: int, scale: float, window: int | None = None
     ) -> str:
         kv = self._kv
-        self._ops.append(Attention(source, out, layer, num_heads, kv.num_kv_heads, kv.head_dim, scale, window))
+        self._ops.append(
+            Attention(source, out, layer, num_heads, kv.num_kv_heads, kv.head_dim, scale, window)
+        )
         return out
 
     def finish(self, source: str, weight: str, *, softcap: float | None = None) -> Program:
@@ -293,7 +300,9 @@ class _Checker:
         found = self.shapes.get(name)
         if found is None:
             raise ValueError(f"unknown weight {name}")
-        if len(found) != len(shape) or any(want not in (-1, have) for want, have in zip(shape, found, strict=True)):
+        if len(found) != len(shape) or any(
+            want not in (-1, have) for want, have in zip(shape, found, strict=True)
+        ):
             raise ValueError(f"weight {name} has shape {found}, but {shape} is needed")
         return found
 
@@ -378,7 +387,9 @@ def _check(program: Program) -> None:
         else:
             checker.attention(op)
     if checker.stored != set(range(program.kv.num_layers)):
-        raise ValueError(f"layers {sorted(checker.stored)} are stored, but the KV pool has {program.kv.num_layers}")
+        raise ValueError(
+            f"layers {sorted(checker.stored)} are stored, but the KV pool has {program.kv.num_layers}"
+        )
     checker.weight(program.head.weight, program.vocab_size, checker.read(program.head.source))
     if not checker.optional <= checker.biases:
         raise ValueError(f"only biases may be optional: {sorted(checker.optional - checker.biases)}")

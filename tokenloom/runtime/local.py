@@ -24,8 +24,9 @@ Float32 = NDArray[np.float32]
 class LocalExecutor:
     """Runs token batches of one model with the numpy backend.
 
-    Owns the KV pool of `num_frames` frames. `weights` and `rope` as `Interpreter` takes them; `dtype` is one of
-    its formats, `kv_dtype` float32 or bfloat16; results do not depend on `num_threads`. A step is computed in `submit`; `collect` hands its result out.
+    Owns the KV pool of `num_frames` frames. `weights` and `rope` as `Interpreter` takes them; `dtype` is one
+    of its formats, `kv_dtype` float32 or bfloat16; results do not depend on `num_threads`. A step is computed
+    in `submit`; `collect` hands its result out.
 
     A batch that names what does not exist (a page, a token, a row, an adapter) is refused by `submit` with
     ValueError or `UnsupportedFeature` before anything is written. An error while computing is raised by
@@ -61,7 +62,9 @@ class LocalExecutor:
         self._vocab_size = program.vocab_size
         self._max_context = len(rope[0])
         self._num_pages = pool.num_pages
-        self._numerics_id = f"reference-1-{dtype}-{kv_dtype}-{fingerprint(program, interpreter.packed_linears())}"
+        self._numerics_id = (
+            f"reference-1-{dtype}-{kv_dtype}-{fingerprint(program, interpreter.packed_linears())}"
+        )
 
     @property
     def numerics_id(self) -> str:
@@ -110,7 +113,8 @@ class LocalExecutor:
         return self._parts
 
     def _check(self, batch: TokenBatch) -> None:
-        """What an out-of-range index would silently read or write; `TokenBatch.check` says what else is legal."""
+        """What an out-of-range index would silently read or write; `TokenBatch.check` says what else is
+        legal."""
         rows, entries = batch.num_rows, batch.logit_rows
         if not rows or len(batch.starts) != batch.num_segments + 1 or batch.starts[-1] != rows:
             raise ValueError(f"starts {batch.starts.tolist()} do not cover {rows} rows")
@@ -120,7 +124,9 @@ class LocalExecutor:
             if len(getattr(batch, name)) != rows:
                 raise ValueError(f"{name} has {len(getattr(batch, name))} entries for {rows} rows")
         if batch.page_tables.ndim != 2 or len(batch.page_tables) != batch.num_segments:
-            raise ValueError(f"page_tables has shape {batch.page_tables.shape} for {batch.num_segments} segments")
+            raise ValueError(
+                f"page_tables has shape {batch.page_tables.shape} for {batch.num_segments} segments"
+            )
         _within("token_ids", batch.token_ids, 0, self._vocab_size)
         _within("positions", batch.positions, 0, self._max_context)
         _within("logical", batch.logical, 0, batch.page_tables.shape[1] * PAGE_SIZE)

@@ -18,14 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenloom.engine.batch import PAGE_SIZE, TokenBatch
-from tokenloom.kernels.program import Attention
+from tokenloom.kernels.program import SPLIT, Attention
 from tokenloom.kernels.reference.gemm import padded
 from tokenloom.kernels.reference.kv_pool import Indices, KVPool
 
 Float32 = NDArray[np.float32]
-
-SPLIT = 128
-"""Keys per split: a constant of the numerics contract."""
 
 _TILE_UNIT = 4
 _PAGES_PER_SPLIT = SPLIT // PAGE_SIZE
@@ -132,7 +129,9 @@ class AttentionPlan:
         if len(single):
             rows = starts[single]
             for members in _by_splits(logical[rows] // SPLIT + 1):
-                self._add(rows[members][:, None], _Paths(logical[rows[members]][:, None], tables[single[members]]))
+                self._add(
+                    rows[members][:, None], _Paths(logical[rows[members]][:, None], tables[single[members]])
+                )
         for s in np.flatnonzero((lengths > 1) & ~in_tree):
             for begin in range(starts[s], starts[s + 1], _BLOCK_ROWS):
                 rows = np.arange(begin, min(begin + _BLOCK_ROWS, starts[s + 1]))[None]
@@ -141,7 +140,9 @@ class AttentionPlan:
             self._add_trees(batch, in_tree, logical, tables)
         self.groups.reverse()
 
-    def _add_trees(self, batch: TokenBatch, in_tree: NDArray[np.bool_], logical: Indices, tables: Indices) -> None:
+    def _add_trees(
+        self, batch: TokenBatch, in_tree: NDArray[np.bool_], logical: Indices, tables: Indices
+    ) -> None:
         """Each row of a tree is a sequence of its own: the committed pages, then its ancestors' slots by
         depth (SpecInfer's tree attention, Miao et al. 2024, with the keys gathered instead of masked)."""
         owners = np.repeat(np.arange(batch.num_segments), np.diff(batch.starts))
@@ -174,7 +175,9 @@ class AttentionPlan:
         ranges: list[SplitRange] = []
         while first < last:
             # The first query row of a chunk sees the fewest keys: tiles before the range are left out.
-            tile = int(np.searchsorted(paths.logical[0], first * SPLIT)) // shape.per_tile if count == 1 else 0
+            tile = (
+                int(np.searchsorted(paths.logical[0], first * SPLIT)) // shape.per_tile if count == 1 else 0
+            )
             scores = count * shape.num_kv_heads * (num_tiles - tile) * shape.rows * SPLIT
             keys = count * shape.num_kv_heads * SPLIT * shape.head_dim * 2
             num_splits = min(max(min(_SCORES_PER_RANGE // scores, _KEYS_PER_RANGE // keys), 1), last - first)

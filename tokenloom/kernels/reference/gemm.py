@@ -1,9 +1,9 @@
 """Linear layers as matrix products of one fixed shape.
 
-A BLAS picks its kernel, its blocking and thereby its order of additions by the shape of the call. So every call
-here multiplies `ROW_TILE` rows by one column tile of the weight: a row's bits cannot depend on how many rows
-the batch has. Rows are padded to a multiple of `ROW_TILE`; what stands in the other rows of a tile, and where in
-its tile a row stands, does not enter its products (`fingerprint` probes that at load).
+A BLAS picks its kernel, its blocking and thereby its order of additions by the shape of the call. So every
+call here multiplies `ROW_TILE` rows by one column tile of the weight: a row's bits cannot depend on how many
+rows the batch has. Rows are padded to a multiple of `ROW_TILE`; what stands in the other rows of a tile, and
+where in its tile a row stands, does not enter its products (`fingerprint` probes that at load).
 
 The column tiles are so wide that a call stays below OpenBLAS's limit for its small-matrix kernels, which
 read the weight in place: on AVX-512 they reach the machine's peak with 4 rows, and there each element is one

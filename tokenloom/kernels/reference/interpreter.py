@@ -79,9 +79,9 @@ class Interpreter:
     """A program with its weights, ready to run.
 
     `weights` maps the names of `program.weights` to arrays of fp32, bfloat16 (ml_dtypes) or float16 in the
-    spec's shape; optional ones may be absent. `rope` is (cos, sin), fp32 [max_context, rotary_dim / 2]. Raises
-    `UnsupportedFeature` for a dtype that is none of `DTYPES`, ValueError for a weight that is missing or has
-    another shape.
+    spec's shape; optional ones may be absent. `rope` is (cos, sin), fp32 [max_context, rotary_dim / 2].
+    Raises `UnsupportedFeature` for a dtype that is none of `DTYPES`, ValueError for a weight that is missing
+    or has another shape.
     """
 
     def __init__(
@@ -113,6 +113,8 @@ class Interpreter:
         self._capacity = 0
         self._ops = [self._compile(op) for op in program.ops]
         self.head = self._linear(program.head.weight)
+        # The compiled ops hold what they need; the unpacked matrices may go.
+        self._weights = {}
 
     def run(self, batch: TokenBatch) -> Float32:
         """The rows that the head reads, fp32 [T, width]: a view that the next call overwrites."""
@@ -234,7 +236,10 @@ class Interpreter:
             heads = rows.reshape(step.padded_rows, q_heads + 2 * kv_heads, dim)
             for part, weight in norms:
                 _rms_norm(heads[:, part], weight, epsilon, heads[:, part])
-            first, second = heads[:, : q_heads + kv_heads, :half], heads[:, : q_heads + kv_heads, half : 2 * half]
+            first, second = (
+                heads[:, : q_heads + kv_heads, :half],
+                heads[:, : q_heads + kv_heads, half : 2 * half],
+            )
             turned = first * step.cos
             turned -= second * step.sin
             second *= step.cos

@@ -30,9 +30,10 @@ _LARGEST = np.finfo(np.float32).max
 class KVPool:
     """`num_frames` frames of `frame_bytes` bytes, zeroed, with `pages_per_frame` pages each.
 
-    The zeros matter: slots that nobody has written are multiplied by probabilities that are exactly zero, which
-    gives zero only if what they hold is finite. `store` keeps them so. An owner that lends a frame to another
-    class of pages must zero it when it comes back. Raises ValueError if the pages do not fit the frame.
+    The zeros matter: slots that nobody has written are multiplied by probabilities that are exactly zero,
+    which gives zero only if what they hold is finite. `store` keeps them so. An owner that lends a frame to
+    another class of pages must zero it when it comes back. Raises ValueError if the pages do not fit the
+    frame.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class KVPool:
         """Write K and V of R rows, fp32 [R, 2, heads, dim], rounded once; see `RopeStore` for values that are
         not finite."""
         if not np.isfinite(values).all():
-            values = np.nan_to_num(values, nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
+            values = np.where(np.isnan(values), np.float32(0), np.clip(values, -_LARGEST, _LARGEST))
         stored = bfloat16_bits(values) if self.dtype == "bfloat16" else values
         self._slots[frames, pages, layer, offsets] = stored
 

@@ -30,8 +30,8 @@ def round_bfloat16(values: Float32) -> None:
 
 
 def bfloat16_bits(values: Float32) -> UInt16:
-    """Upper halves, uint16 of the same shape, of finite fp32 values rounded to bfloat16; magnitudes that would
-    round to infinity become the largest number."""
+    """Upper halves, uint16 of the same shape, of finite fp32 values rounded to bfloat16; magnitudes that
+    would round to infinity become the largest number."""
     rounded: Float32 = np.clip(values, -_LARGEST, _LARGEST)
     round_bfloat16(rounded)
     return (rounded.view(np.uint32) >> _SHIFT).astype(np.uint16)

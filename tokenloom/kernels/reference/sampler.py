@@ -1,8 +1,8 @@
 """From final rows to tokens: logits, edits, log-probabilities and draws, in tiles of at most 64 rows.
 
 No array of [rows, vocabulary] is larger than a tile. A row that several entries share has its logits computed
-once. A draw is the argmax of (score + Gumbel noise) over the tokens that may be drawn, in float64, ties to the
-lowest id (the Gumbel-max trick, Gumbel 1954; Maddison et al. 2014), with score = fp32((logit - max) / T).
+once. A draw is the argmax of (score + Gumbel noise) over the tokens that may be drawn, in float64, ties to
+the lowest id (the Gumbel-max trick, Gumbel 1954; Maddison et al. 2014), with score = fp32((logit - max) / T).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenloom.engine.batch import LogitEdits, LogitRows, StepResult, TopLogprobs
-from tokenloom.kernels.noise import Purpose, gumbel, token_bits, vocabulary_bits
+from tokenloom.kernels.noise import MAX_GUMBEL, MIN_GUMBEL, Purpose, gumbel, token_bits, vocabulary_bits
 from tokenloom.kernels.reference.gemm import ROW_TILE, PackedLinear, padded
 from tokenloom.kernels.reference.truncation import key_ids, order_keys, smallest, truncate
 
@@ -23,8 +23,8 @@ Indices = NDArray[np.intp]
 
 TILE_ROWS = 64
 
-_NOISE_RANGE = np.float32(27.0)
-"""Wider than the noise (26.01): a token this far below the best is never drawn."""
+_NOISE_RANGE = np.float32(MAX_GUMBEL - MIN_GUMBEL + 1)
+"""A token this far below the best is never drawn."""
 
 _SLACK = np.float32(1 - 1e-4)
 _LARGEST = np.finfo(np.float32).max
@@ -70,7 +70,7 @@ class Sampler:
             cap = np.float32(self._softcap)
             logits = np.tanh(logits / cap) * cap
         if not np.isfinite(logits).all():
-            logits = np.nan_to_num(logits, nan=-np.inf, posinf=_LARGEST, neginf=-np.inf)
+            logits = np.fmin(np.fmax(logits, np.float32(-np.inf)), _LARGEST)
         return logits
 
 
@@ -131,7 +131,7 @@ def apply_edits(logits: Float32, entries_of: Indices, edits: Mapping[int, LogitE
 
 def log_softmax(logits: Float32) -> Float32:
     """fp32 [n, V]: (logit - max) - log(sum of exp(logit - max)); the order of the sum depends on V only."""
-    values = logits - np.maximum.reduce(logits, axis=1)[:, None]
+    values: Float32 = logits - np.maximum.reduce(logits, axis=1)[:, None]
     sums = np.add.reduce(np.exp(values), axis=1)
     values -= np.log(sums)[:, None]
     # The row of a broken model, all -inf, has no distribution.
@@ -142,7 +142,7 @@ def log_softmax(logits: Float32) -> Float32:
 def _choose(logits: Float32, entries_of: Indices, entries: LogitRows) -> Int32:
     """Tokens of edited rows: the best one at temperature 0, else a draw."""
     best = np.maximum.reduce(logits, axis=1)
-    tokens = np.argmax(logits, axis=1).astype(np.int32)
+    tokens: Int32 = np.argmax(logits, axis=1).astype(np.int32)
     temperatures = entries.temperatures[entries_of]
     for i in np.flatnonzero(best == -np.inf).tolist():
         tokens[i] = _lowest_allowed(entries.edits.get(int(entries_of[i])))
@@ -171,8 +171,8 @@ def _draw(scores: Float32, entries_of: Indices, entries: LogitRows) -> Int32:
     """argmax of score + Gumbel noise per row of fp32 [n, V], whose best score is 0.
 
     -log(u) is at least 1 - u, so score + noise is at most log(exp(score) / (1 - u)). That bound costs no
-    logarithm; the exact float64 noise is computed for the token with the highest bound, and then for those whose
-    bound reaches its value (one or two as a rule). The slack covers the fp32 rounding of the bounds.
+    logarithm; the exact float64 noise is computed for the token with the highest bound, and then for those
+    whose bound reaches its value (one or two as a rule). The slack covers the fp32 rounding of the bounds.
     """
     count, vocab_size = scores.shape
     rows, tokens = np.nonzero(scores >= -_NOISE_RANGE)

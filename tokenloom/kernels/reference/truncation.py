@@ -49,8 +49,8 @@ def truncate(scores: Float32, top_k: Int32, top_p: Float32, min_p: Float32) -> N
     `scores` fp32 [n, V] are (logit - max) / temperature, so the best is 0. In this order, as vLLM has it:
     min_p keeps tokens with a probability of at least min_p times the best one's; top_k (0: off) keeps the k
     best; top_p keeps the shortest run of best tokens whose probability, among those left, reaches top_p: a
-    token stays if the sum of exp(score) over all before it, added in order in float64, is below top_p times the
-    total. At least one token stays.
+    token stays if the sum of exp(score) over all before it, added in order in float64, is below top_p times
+    the total. At least one token stays.
     """
     if (min_p > 0).any():
         # min_p 0 excludes nothing; its logarithm is never looked at.

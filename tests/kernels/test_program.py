@@ -1,0 +1,112 @@
+"""Which programs are legal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.kernels.harness import small_config
+from tokenloom.kernels.program import (
+    Attention,
+    BufferSpec,
+    Embed,
+    KVGeometry,
+    Linear,
+    Op,
+    Program,
+    ProgramBuilder,
+    RMSNorm,
+    RopeStore,
+    WeightSpec,
+)
+from tokenloom.models.llama import build
+
+
+@pytest.fixture
+def program() -> Program:
+    return build(small_config(attention_bias=True))
+
+
+def change(kind: type[Any], **fields: Any) -> Callable[[Program], Program]:
+    """Change the first op of a kind."""
+
+    def apply(program: Program) -> Program:
+        ops: list[Op] = list(program.ops)
+        index = next(i for i, op in enumerate(ops) if isinstance(op, kind))
+        ops[index] = replace(ops[index], **fields)
+        return replace(program, ops=tuple(ops))
+
+    return apply
+
+
+def drop(kind: type[Any]) -> Callable[[Program], Program]:
+    def apply(program: Program) -> Program:
+        index = next(i for i, op in enumerate(program.ops) if isinstance(op, kind))
+        return replace(program, ops=program.ops[:index] + program.ops[index + 1 :])
+
+    return apply
+
+
+ILLEGAL = [
+    (drop(Embed), "read before it is written"),
+    (drop(RopeStore), "before it is stored|before it is written"),
+    (change(RMSNorm, weight="nothing"), "unknown weight"),
+    (change(RMSNorm, out="nothing"), "unknown buffer"),
+    (change(Linear, source="x"), "must be an activation"),
+    (change(Linear, out="normed"), "reads and writes"),
+    (change(Linear, out="x"), "wide"),
+    (change(Linear, bias="model.norm.weight"), "is needed"),
+    (change(Linear, epilogue="residual"), "before it is written"),
+    (change(Linear, delta="q"), "before it is written"),
+    (change(RopeStore, rotary_dim=7), "must be even"),
+    (change(RopeStore, layer=5), "lies outside"),
+    (change(RopeStore, head_dim=12), "other heads"),
+    (change(RopeStore, layer=1), "before it is stored"),
+    (change(Attention, window=0), "shows no key"),
+    (change(Attention, num_heads=3), "cannot share"),
+    (lambda p: replace(p, vocab_size=7), "is needed"),
+    (lambda p: replace(p, kv=KVGeometry(3, 2, 24)), "stored"),
+    (lambda p: replace(p, buffers=(*p.buffers, BufferSpec("x", 1))), "stands twice"),
+    (lambda p: replace(p, weights=(*p.weights, WeightSpec("w", (), ("w",)))), "has shape"),
+    (lambda p: replace(p, head=replace(p.head, source="q")), "is needed"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), ILLEGAL)
+def test_illegal_programs(program: Program, damage: Callable[[Program], Program], message: str) -> None:
+    program.check()
+    with pytest.raises(ValueError, match=message):
+        damage(program).check()
+
+
+def test_only_biases_are_optional(program: Program) -> None:
+    weights = tuple(replace(w, optional=w.name == "model.norm.weight") for w in program.weights)
+    with pytest.raises(ValueError, match="only biases"):
+        replace(program, weights=weights).check()
+
+
+def test_builder_refuses_two_meanings_of_a_name() -> None:
+    builder = ProgramBuilder(KVGeometry(1, 1, 8), 10)
+    assert builder.buffer("x", 8) == builder.buffer("x", 8)
+    with pytest.raises(ValueError, match="buffer x"):
+        builder.buffer("x", 9)
+    builder.weight("w", 8)
+    with pytest.raises(ValueError, match="weight w"):
+        builder.weight("w", 9)
+
+
+def test_fused_weights_name_their_sources(program: Program) -> None:
+    fused = {spec.sources: spec.shape for spec in program.weights if len(spec.sources) > 1}
+    prefix = "model.layers.0."
+    qkv = tuple(f"{prefix}self_attn.{name}_proj.weight" for name in "qkv")
+    assert fused[qkv] == ((4 + 2 * 2) * 24, 40)
+    assert fused[tuple(f"{prefix}mlp.{name}_proj.weight" for name in ("gate", "up"))] == (144, 40)
+
+
+def test_tied_embeddings_are_one_weight() -> None:
+    tied = build(small_config(tie_word_embeddings=True))
+    assert tied.head.weight == "model.embed_tokens.weight"
+    assert "lm_head.weight" not in {spec.name for spec in tied.weights}

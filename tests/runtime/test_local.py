@@ -1,0 +1,142 @@
+"""The executor's own duties: refusing what is malformed, surviving it, naming its numerics, profiling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.kernels.harness import (
+    Entry,
+    Run,
+    answers,
+    ask,
+    make_batch,
+    make_executor,
+    random_weights,
+    rope_tables,
+    small_config,
+    step,
+)
+from tokenloom.engine.batch import Ticket, TokenBatch, Work
+from tokenloom.errors import InvalidParameter, UnsupportedFeature
+from tokenloom.models.llama import build
+from tokenloom.runtime.local import LocalExecutor
+
+
+@pytest.fixture(scope="module")
+def runner() -> LocalExecutor:
+    return make_executor(small_config())
+
+
+def poke(name: str, value: Any) -> Callable[[TokenBatch], None]:
+    def change(batch: TokenBatch) -> None:
+        target: Any = batch
+        *path, last = name.split(".")
+        for part in path:
+            target = getattr(target, part)
+        array = getattr(target, last).copy()
+        array.reshape(-1)[-1] = value
+        setattr(target, last, array)
+
+    return change
+
+
+MALFORMED = [
+    ("token_ids", 101),
+    ("token_ids", -1),
+    ("positions", 5000),
+    ("logical", 64),
+    ("slots", 96 * 16),
+    ("slots", -2),
+    ("page_tables", 96),
+    ("parents", 30),
+    ("starts", 3),
+    ("logit_rows.rows", 20),
+    ("logit_rows.targets", 101),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), MALFORMED)
+def test_malformed_batches_are_refused(runner: LocalExecutor, name: str, value: int) -> None:
+    tokens = list(range(20))
+    run = Run(tokens, 0, 20, [1, 2])
+    expected = answers(step(runner, make_batch([run], ask(run, 0, 0, {}))))
+    batch = make_batch([Run(list(range(30, 50)), 0, 20, [1, 2])], [Entry(19)])
+    poke(name, value)(batch)
+    with pytest.raises(ValueError, match=name.split(".", maxsplit=1)[0]):
+        runner.submit(batch)
+    # Nothing was written: the first text goes on as if nothing had happened.
+    again = Run(tokens, 19, 20, [1, 2], unstored=1)
+    assert answers(step(runner, make_batch([again], ask(again, 0, 0, {})))) == expected[-1:]
+
+
+def test_features_of_other_backends_are_refused_by_name(runner: LocalExecutor) -> None:
+    batch = make_batch([Run([1, 2], 0, 2, [1])])
+    poke("adapter_slots", 0)(batch)
+    with pytest.raises(UnsupportedFeature, match="adapter"):
+        runner.submit(batch)
+    batch = make_batch([Run([1, 2], 0, 2, [1])])
+    poke("work", Work.TRAIN)(batch)
+    with pytest.raises(UnsupportedFeature, match="training"):
+        runner.submit(batch)
+
+
+def test_an_error_while_computing_reaches_collect(runner: LocalExecutor) -> None:
+    batch = make_batch([Run([1, 2], 0, 2, [1])], [Entry(1)])
+    batch.logit_rows.temperatures = np.zeros(0, np.float32)
+    ticket = runner.submit(batch)
+    with pytest.raises(IndexError):
+        runner.collect(ticket)
+    assert len(step(runner, make_batch([Run([1, 2], 0, 2, [1])], [Entry(1)])).token_ids) == 1
+    with pytest.raises(ValueError, match="ticket"):
+        runner.collect(Ticket(batch))
+
+
+def test_numerics_id_names_the_formats() -> None:
+    ids = {
+        make_executor(small_config(), dtype=dtype, kv_dtype=kv_dtype).numerics_id
+        for dtype, kv_dtype in (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"))
+    }
+    assert len(ids) == 3
+    assert make_executor(small_config()).numerics_id == make_executor(small_config()).numerics_id
+    assert all(part.startswith("reference-1-") for part in ids)
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [("float8", "float32"), ("float32", "int8")])
+def test_unknown_formats_are_refused_by_name(dtype: str, kv_dtype: str) -> None:
+    with pytest.raises(UnsupportedFeature, match="float8|int8"):
+        make_executor(small_config(), dtype=dtype, kv_dtype=kv_dtype)
+
+
+def test_weights_must_have_the_shapes_of_the_program() -> None:
+    program = build(small_config())
+    weights = random_weights(program)
+    weights["model.norm.weight"] = np.ones(3, np.float32)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight"):
+        LocalExecutor(program, weights, rope_tables(24), num_frames=1, frame_bytes=1 << 20, pages_per_frame=1)
+
+
+def test_profile_writes_nothing(runner: LocalExecutor) -> None:
+    pool = runner._opened()[0]._pool
+    before = pool._bytes.copy()
+    assert runner.profile(1, 0) > 0
+    assert runner.profile(40, 500) > 0
+    assert (pool._bytes == before).all()
+    with pytest.raises(InvalidParameter):
+        runner.profile(1000, 500)
+
+
+def test_no_entries(runner: LocalExecutor) -> None:
+    result = step(runner, make_batch([Run([1, 2], 0, 2, [1])]))
+    assert len(result.token_ids) == 0
+    assert result.seconds > 0
+
+
+def test_close() -> None:
+    closing = make_executor(small_config(), num_threads=2)
+    closing.close()
+    with pytest.raises(ValueError, match="closed"):
+        closing.submit(make_batch([Run([1], 0, 1, [1])]))

@@ -1,0 +1,212 @@
+"""The exact oracles: what each op computes, addition by addition.
+
+Slow on purpose: numpy runs along the outputs only, and every sum is a Python loop in the order of the
+numerics contract. A native op must equal these bits on every instruction set. The numpy reference has its own
+numerics id and agrees within rounding.
+
+What the order is made of, and why each machine can follow it:
+
+* fp32 sums of products are chains of fused multiply-adds, one accumulator per output, over K in order. AVX2
+  with FMA, AVX-512 and NEON have the instruction; elsewhere C's fmaf is exact, if slow.
+* bf16 sums of products run over pairs, the odd element first, each a fused multiply-add whose denormal inputs
+  and results count as zero; the product itself is never flushed. This is what VDPBF16PS does (checked on
+  hardware with products at and below the underflow threshold). A multiplication and an addition, each with
+  flushed denormals, differ from it only where a product is below 2^-126.
+* Sums without products (softmax denominators, squares) run in 16 lanes, element i in lane i mod 16, and the
+  lanes are then added in order 0 to 15.
+* Division and square root are IEEE. exp and log are the functions given here. No other contraction of a
+  multiplication and an addition is allowed (-ffp-contract=off).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenloom.kernels.noise import log
+from tokenloom.kernels.program import SPLIT
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+
+LANES = 16
+VOCABULARY_TILE = 1024
+
+_SMALLEST_NORMAL = np.float32(2.0**-126)
+
+
+def fma(a: Float32, b: Float32, c: Float32) -> Float32:
+    """fp32(a * b + c) with one rounding, elementwise.
+
+    The product is exact in float64. The sum would be rounded twice, to float64 and then to fp32; rounding it
+    to odd first makes the second rounding right (Boldo and Melquiond 2008): where the float64 sum is inexact
+    and even, it moves one place towards the exact value, whose side the error of the sum tells (Knuth's
+    TwoSum).
+    """
+    product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
+    addend = np.asarray(c, np.float64)
+    total = np.asarray(product + addend)
+    rounded_addend = total - product
+    error = (product - (total - rounded_addend)) + (addend - rounded_addend)
+    bits = total.view(np.int64)
+    is_even = (bits & 1) == 0
+    away = (error > 0) == (total > 0)
+    moved = np.where((error != 0) & is_even & np.isfinite(total), np.where(away, bits + 1, bits - 1), bits)
+    result: Float32 = moved.view(np.float64).astype(np.float32)
+    return result
+
+
+def flush(values: Float32) -> Float32:
+    """Denormals as zero of the same sign."""
+    return np.where(np.abs(values) < _SMALLEST_NORMAL, np.copysign(np.float32(0), values), values)
+
+
+def linear_fp32(source: Float32, weight: Float32) -> Float32:
+    """One row: fp32 [K], [N, K] -> [N]."""
+    total = np.zeros(len(weight), np.float32)
+    for k in range(len(source)):
+        total = fma(source[k], weight[:, k], total)
+    return total
+
+
+def linear_bf16(source: Float32, weight: Float32) -> Float32:
+    """One row of bf16 values held in fp32: [K], [N, K] -> fp32 [N]. An odd K ends with a pair whose odd
+    element is zero."""
+    total = np.zeros(len(weight), np.float32)
+    source, weight = flush(source), flush(weight)
+    for k in range(0, len(source), 2):
+        if k + 1 < len(source):
+            total = flush(fma(source[k + 1], weight[:, k + 1], total))
+        total = flush(fma(source[k], weight[:, k], total))
+    return total
+
+
+def lane_sum(values: Float32) -> np.float32:
+    """The sum of fp32 [n] in 16 lanes."""
+    lanes = np.zeros(LANES, np.float32)
+    for start in range(0, len(values), LANES):
+        part = values[start : start + LANES]
+        lanes[: len(part)] += part
+    total = np.float32(0)
+    for lane in lanes:
+        total = np.float32(total + lane)
+    return total
+
+
+_LOG2_E = np.float32(1.44269504088896341)
+_LN2_HIGH = np.float32(0.693359375)
+_LN2_LOW = np.float32(-2.12194440e-4)
+_EXP_TERMS = tuple(
+    np.float32(c)
+    for c in (
+        1.9875691500e-4,
+        1.3981999507e-3,
+        8.3334519073e-3,
+        4.1665795894e-2,
+        1.6666665459e-1,
+        5.0000001201e-1,
+    )
+)
+_EXP_MIN = np.float32(-87.33654)
+_EXP_MAX = np.float32(88.72283)
+
+
+def exp(x: Float32) -> Float32:
+    """e^x in fp32 within 2 units in the last place, after Cephes (Moshier 1992): n = floor(x log2(e) + 1/2),
+    r = (x - n * 0.693359375) + n * 2.1219444e-4, a polynomial in r, and 2^n in two exact factors. Below
+    -87.33654 (where the result leaves the normal numbers) it is 0, above 88.72283 infinity; NaN stays."""
+    x = np.asarray(x, np.float32)
+    inside = np.clip(x, _EXP_MIN, _EXP_MAX)
+    n = np.floor(inside * _LOG2_E + np.float32(0.5))
+    r = inside - n * _LN2_HIGH
+    r = r - n * _LN2_LOW
+    y = np.full_like(r, _EXP_TERMS[0])
+    for term in _EXP_TERMS[1:]:
+        y = y * r + term
+    y = y * (r * r) + r + np.float32(1)
+    whole = np.nan_to_num(n).astype(np.int32)
+    half = whole >> 1
+    y = y * _power_of_two(half) * _power_of_two(whole - half)
+    y = np.where(x < _EXP_MIN, np.float32(0), y)
+    result: Float32 = np.where(x > _EXP_MAX, np.float32(np.inf), y)
+    return result
+
+
+def _power_of_two(n: NDArray[np.int32]) -> Float32:
+    factor: Float32 = ((n + 127) << 23).astype(np.int32).view(np.float32)
+    return factor
+
+
+def log_fp32(x: Float32 | np.float32) -> Float32:
+    """Natural logarithm of positive numbers: the float64 one of `noise`, rounded to fp32."""
+    result: Float32 = log(np.asarray(x).astype(np.float64)).astype(np.float32)
+    return result
+
+
+def rms_norm(x: Float32, weight: Float32, epsilon: float) -> Float32:
+    """One row, fp32 [n]: x * (1 / sqrt(sum(x * x) / n + epsilon)) * weight; the squares are rounded before
+    they are added in lanes."""
+    mean = np.float32(lane_sum(x * x) / np.float32(len(x))) + np.float32(epsilon)
+    scale = np.float32(1) / np.sqrt(mean)
+    normed: Float32 = x * scale * weight
+    return normed
+
+
+def rope(head: Float32, cos: Float32, sin: Float32) -> Float32:
+    """One head, fp32 [dim], rotated in halves by fp32 [rotary_dim / 2] cosines and sines."""
+    half = len(cos)
+    first, second = head[:half], head[half : 2 * half]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin, head[2 * half :]])
+
+
+def silu_mul(gate: Float32, up: Float32) -> Float32:
+    """(gate / (1 + exp(-gate))) * up."""
+    return gate / (np.float32(1) + exp(-gate)) * up
+
+
+def attention(query: Float32, keys: Float32, values: Float32, scale: float, first: int = 0) -> Float32:
+    """One query head over the keys of its path: [d], [n, d], [n, d] -> [d], all fp32 (as stored).
+
+    Keys before `first` (outside a window) are not seen; splits keep their places. Lanes of scores and of the
+    sum are keys; lanes of the result are head dimensions, each one chain over the keys of the split.
+    """
+    scaled = query * np.float32(scale)
+    best, total = np.float32(-np.inf), np.float32(0)
+    weighted = np.zeros(len(query), np.float32)
+    for start in range(first // SPLIT * SPLIT, len(keys), SPLIT):
+        end = min(start + SPLIT, len(keys))
+        scores = linear_fp32(scaled, keys[start:end])
+        scores[: max(first - start, 0)] = -np.inf
+        highest = scores.max()
+        shares = exp(scores - highest)
+        products = np.zeros(len(query), np.float32)
+        for share, value in zip(shares, values[start:end], strict=True):
+            products = fma(share, value, products)
+        merged = max(best, highest)
+        keep, take = exp(best - merged), exp(highest - merged)
+        total = np.float32(total * keep + lane_sum(shares) * take)
+        weighted = weighted * keep + products * take
+        best = merged
+    return weighted / total
+
+
+def log_sum_exp(logits: Float32) -> tuple[np.float32, np.float32]:
+    """(max, log of the sum of exp(logit - max)) of fp32 [V], in tiles of `VOCABULARY_TILE` merged in
+    order."""
+    best, total = np.float32(-np.inf), np.float32(0)
+    for start in range(0, len(logits), VOCABULARY_TILE):
+        part = logits[start : start + VOCABULARY_TILE]
+        highest = part.max()
+        if highest == -np.inf:
+            continue
+        merged = max(best, highest)
+        sums = lane_sum(exp(part - highest))
+        total = np.float32(total * exp(best - merged) + sums * exp(highest - merged))
+        best = merged
+    return best, np.float32(log_fp32(total))
+
+
+def logprob(logits: Float32, token: int) -> np.float32:
+    """(logit - max) - log(sum of exp(logit - max))."""
+    best, log_total = log_sum_exp(logits)
+    return np.float32(np.float32(logits[token] - best) - log_total)
