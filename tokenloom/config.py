@@ -42,7 +42,9 @@ class ModelOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
         "auto", "Arithmetic: auto is float32 here (exact for bf16 and fp16 checkpoints)."
     )
-    max_context: int = knob(0, "Longest prompt plus output in tokens; 0 for what the model allows.", **_at_least(0))
+    max_context: int = knob(
+        0, "Longest prompt plus output in tokens; 0 for what the model allows.", **_at_least(0)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +61,13 @@ class SchedulerOptions:
     """Order and budget."""
 
     max_batch_tokens: int = knob(512, "Rows of one step at most (the token budget).", **_at_least(1))
-    max_chunk_tokens: int = knob(0, "Prompt rows of one sequence per step; 0 for the whole budget.", **_at_least(0))
+    max_chunk_tokens: int = knob(
+        0, "Prompt rows of one sequence per step; 0 for the whole budget.", **_at_least(0)
+    )
     target_itl_ms: float = knob(
-        0.0, "Measure at start and choose the budget for this inter-token latency; 0 keeps it.", **_at_least(0)
+        0.0,
+        "Measure at start and choose the budget for this inter-token latency; 0 keeps it.",
+        **_at_least(0),
     )
     max_running: int = knob(128, "Sequences that run at once at most.", **_at_least(1))
     max_waiting: int = knob(1024, "Requests that may wait; more are refused with 429.", **_at_least(1))
@@ -74,7 +80,9 @@ class ServerOptions:
     """The HTTP face."""
 
     host: str = knob("127.0.0.1", "Address to listen on.")
-    port: int = knob(8000, "Port to listen on; 0 for a free one.", check=lambda v: 0 <= v < 65536, limit="0 to 65535")
+    port: int = knob(
+        8000, "Port to listen on; 0 for a free one.", check=lambda v: 0 <= v < 65536, limit="0 to 65535"
+    )
     api_key: str = knob("", "Key that clients must send as a bearer token; empty for none.")
     max_body_mb: int = knob(8, "Largest request body in MiB; larger ones get 413.", **_at_least(1))
     log_level: Literal["debug", "info", "warning", "error"] = knob("info", "How much the server logs.")
@@ -146,7 +154,9 @@ def _convert(entry: Knob, value: Any) -> Any:
     if isinstance(value, str) and wanted is not str:
         try:
             if wanted is bool:
-                value = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[value.lower()]
+                value = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[
+                    value.lower()
+                ]
             else:
                 value = wanted(value)
         except (ValueError, KeyError):
@@ -165,7 +175,10 @@ def _metadata(entry: Knob) -> Field[Any]:
 
 
 def make_config(
-    values: Mapping[str, Any] | None = None, *, file: str | Path | None = None, env: Mapping[str, str] | None = None
+    values: Mapping[str, Any] | None = None,
+    *,
+    file: str | Path | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> Config:
     """Build the tree from flat names: `values` wins over the environment, that over the TOML `file`.
 

@@ -106,7 +106,7 @@ def test_many_random_steps_lose_nothing() -> None:
     rng = random.Random(5)
     engine = shadow_engine(12, max_running=6, budget=ChunkedPrefill(16, max_chunk_tokens=7))
     live: set[str] = set()
-    for step in range(20_000):
+    for step in range(100_000):
         if rng.random() < 0.2:
             name = f"r{step}"
             engine.add_request(

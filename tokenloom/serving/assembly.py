@@ -20,6 +20,7 @@ from tokenloom.serving.client import ModelCard
 from tokenloom.serving.load_listener import LoadListener
 from tokenloom.serving.model_directory import model_directory, model_name
 from tokenloom.serving.requests import SeedSource
+from tokenloom.serving.threads import num_threads
 from tokenloom.text.output_text import make_stop_checker
 from tokenloom.text.tokenizer import Tokenizer
 
@@ -78,6 +79,7 @@ def build_engine(config: Config, listener: LoadListener) -> EngineParts:
         pages_per_frame=plan.pages_per_frame,
         dtype=model.dtype,
         kv_dtype=kv_dtype,
+        num_threads=num_threads(config.runtime.threads),
     )
     limits = _limits(config, model, plan, executor, max_running)
     if scheduler.target_itl_ms > 0:
