@@ -85,7 +85,6 @@ def outputs_of(llm: LLM, prompts: list[list[int]], params: list[SamplingParams])
     found = []
     for prompt, out in zip(prompts, llm.generate(prompts, params, use_tqdm=False), strict=True):
         completion = out.outputs[0]
-        assert completion.logprobs is not None
         logprobs = [
             entry[token].logprob
             for entry, token in zip(completion.logprobs, completion.token_ids, strict=True)
@@ -97,7 +96,7 @@ def outputs_of(llm: LLM, prompts: list[list[int]], params: list[SamplingParams])
 def measure_throughput(model: str, count: int, out: Path) -> dict[str, Any]:
     """Serve `count` requests at once, then every eighth of them alone: the outputs must be equal."""
     with LLM(model, max_running=64) as llm:
-        prompts, params = workload(count, llm.vocab_size)
+        prompts, params = workload(count, llm.card.vocab_size)
         outputs_of(llm, prompts[:2], params[:2])
         started = time.perf_counter()
         together = outputs_of(llm, prompts, params)

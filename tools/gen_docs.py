@@ -20,8 +20,8 @@ HEADER = """# Configuration
 
 An option can be given on the command line, in the environment, or in a TOML file named with `--config`.
 The command line wins over the environment, the environment over the file, the file over the default. A value
-outside its limits, or a name that does not exist, ends the start with one line that names the field, the
-value and the limit.
+outside its limits, or an unknown name on the command line or in the file, ends the start with a message that
+names it. An unknown `TOKENLOOM_*` variable of the environment is ignored.
 
 ```toml
 # tokenloom.toml: tables are optional, names are unique

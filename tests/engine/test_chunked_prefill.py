@@ -9,7 +9,14 @@ import pytest
 from tests.engine.helpers import request, simulated_engine
 from tests.engine.test_machine import shadow_engine
 from tokenloom.bench.latency import LatencySummary
-from tokenloom.bench.simulation import SimulatedMachine, Slo, find_capacity, poisson_workload, simulate
+from tokenloom.bench.simulation import (
+    Arrival,
+    SimulatedMachine,
+    Slo,
+    find_capacity,
+    poisson_workload,
+    simulate,
+)
 from tokenloom.clock import VirtualClock
 from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
 from tokenloom.engine.policies.token_budget import choose_budget
@@ -42,8 +49,7 @@ def test_capacity_at_a_strict_slo() -> None:
 
 def test_chunking_overhead_of_a_prefill() -> None:
     def prefill_seconds(tau: int) -> float:
-        cost = CostModel(memory_bound=0.025, per_row=0.0001, per_key=2e-9, tile=32)
-        return sum(cost.seconds(tau, sum(range(i, i + tau))) for i in range(0, 8192, tau))
+        return simulate(MACHINE, ChunkedPrefill(tau), [Arrival(0.0, 8192, 1)]).ttft_p50
 
     whole = prefill_seconds(8192)
     assert prefill_seconds(512) / whole <= 1.25

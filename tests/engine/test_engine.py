@@ -211,10 +211,16 @@ def test_limits_are_named() -> None:
     engine.add_request(request("a"))
     with pytest.raises(InvalidParameter, match="unique"):
         engine.add_request(request("a"))
-    engine.add_request(request("b"))
+    assert len(run(engine)) == 1
+
+
+def test_the_queue_is_bounded_beside_what_can_run() -> None:
+    engine = simulated_engine(max_running=2, max_waiting=3)
+    for i in range(5):
+        engine.add_request(request(f"r{i}"))
     with pytest.raises(QueueFull):
-        engine.add_request(request("c"))
-    assert len(run(engine)) == 2
+        engine.add_request(request("one too many"))
+    assert len(run(engine)) == 5
 
 
 def test_long_output_ends_at_the_context() -> None:
@@ -315,3 +321,60 @@ def test_a_preempted_sequence_that_comes_back_to_a_full_hit_stores_nothing() -> 
     engine.step()
     (batch,) = batches
     assert batch.positions.tolist() == [31] and batch.slots.tolist() == [-1]
+
+
+def test_an_urgent_request_does_not_wait_for_promised_pages() -> None:
+    """A long prompt of low priority that still needs most of the pool is preempted at once."""
+    engine = simulated_engine(num_pages=40, max_context=640, order=QueueOrder("priority"), prefix_cache=False)
+    engine.add_request(request("low", [4] * 600, priority=5, max_tokens=2))
+    engine.step()
+    engine.add_request(request("urgent", [5] * 300, priority=0, max_tokens=2))
+    for _ in range(6):
+        if any(delta.request_id == "urgent" for delta in engine.step()):
+            break
+    else:
+        raise AssertionError("the urgent request waits for a prefill that is then thrown away")
+    assert len(run(engine)["low", 0]) == 2
+
+
+def test_nobody_is_preempted_in_vain() -> None:
+    engine = simulated_engine(
+        num_pages=20, pages_per_frame=1, max_context=320, order=QueueOrder("priority"), prefix_cache=False
+    )
+    engine.add_request(request("equal", [4] * 200, priority=0, max_tokens=60))
+    engine.add_request(request("low", [5] * 20, priority=5, max_tokens=60))
+    engine.step()
+    engine.step()
+    engine.add_request(request("urgent", [6] * 300, priority=0, max_tokens=2))
+    for _ in range(10):
+        engine.step()
+    assert engine.scheduler.num_preemptions == 0
+    assert len(run(engine)) == 3
+
+
+def test_removed_entries_do_not_pile_up() -> None:
+    engine = simulated_engine(max_running=1)
+    engine.add_request(request("first", max_tokens=100))
+    engine.step()
+    engine.add_request(request("waits", arrival=0.0))
+    for i in range(2000):
+        engine.add_request(request(f"r{i % 3}", arrival=1.0))
+        engine.cancel(f"r{i % 3}")
+    assert len(engine.scheduler.waiting._by_arrival) < 100
+    assert len(run(engine)) == 2
+
+
+def test_a_step_that_fails_while_planning_forgets_its_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = simulated_engine()
+    prompt = range(4, 60)
+    engine.add_request(request("a", prompt))
+    expected = run(engine)
+    engine = simulated_engine()
+    engine.add_request(request("a", prompt))
+    with monkeypatch.context() as patch:
+        patch.setattr("tokenloom.engine.engine.build_batch", lambda plan, table: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    assert not engine.has_work and engine.scheduler.cache.pages.num_used == 0
+    engine.add_request(request("a", prompt))
+    assert run(engine) == expected

@@ -74,7 +74,9 @@ PARAMS: dict[str, dict[str, Any]] = {
     "allowed": {"allowed_token_ids": tuple(range(0, 200, 3))},
     "min_tokens": {"min_tokens": 4},
     "stop_tokens": {"stop_token_ids": tuple(range(100, 140))},
+    "stop_strings": {"stop": ("ab", "q", "xyz")},
     "ignore_eos": {"ignore_eos": True},
+    "no_output": {"max_tokens": 0},
     "prompt_logprobs": {"prompt_logprobs": 2},
     "many_logprobs": {"logprobs": 20},
 }
@@ -87,13 +89,16 @@ def changed(requests: list[Request], *names: str) -> list[Request]:
         options: dict[str, Any] = {}
         for name in sorted(names):
             options |= PARAMS.get(name, {})
+        if "no_output" in names:
+            options["min_tokens"] = 0
         params = replace(request.params, **options)
         bad_words = BAD_WORDS if "bad_words" in names else ()
-        out.append(replace(request, params=params, bad_word_ids=bad_words))
+        tenant = request.request_id[-1] if "tenants" in names else ""
+        out.append(replace(request, params=params, bad_word_ids=bad_words, tenant=tenant))
     return out
 
 
-FEATURES = [*SETUPS, *PARAMS, "bad_words"]
+FEATURES = [*SETUPS, *PARAMS, "bad_words", "tenants"]
 _plain: dict[Any, Outputs] = {}
 
 
@@ -117,6 +122,6 @@ def test_pair(one: str, two: str) -> None:
         SETUPS[name]["during"] for name in (one, two) if "during" in SETUPS.get(name, {})
     ]
     options["during"] = lambda engine, step: [hook(engine, step) for hook in hooks]
-    names = frozenset({one, two} & ({*PARAMS, "bad_words", "bfloat16"}))
+    names = frozenset({one, two} & ({*PARAMS, "bad_words", "tenants", "bfloat16"}))
     outputs = serve(Setup(**options), changed(base_requests(seed), one, two))
     assert outputs == plain(names, seed)

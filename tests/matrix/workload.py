@@ -64,6 +64,22 @@ class Setup:
     during: Callable[[Engine, int], None] | None = None
 
 
+class LetterStops:
+    """A stop checker without a tokenizer: token t reads as the letter t % 26."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self._params = params
+        self._text = ""
+        self._count = 0
+
+    def push(self, token_id: int) -> str | None:
+        self._count += 1
+        if self._count <= self._params.min_tokens:
+            return None
+        self._text += chr(ord("a") + token_id % 26)
+        return next((stop for stop in self._params.stop if self._text.endswith(stop)), None)
+
+
 def make_engine(setup: Setup) -> Engine:
     program = build(CONFIG)
     item = 2 if setup.dtype == "bfloat16" else 4
@@ -88,7 +104,13 @@ def make_engine(setup: Setup) -> Engine:
         debug=True,
     )
     budget = ChunkedPrefill(setup.max_batch_tokens, setup.max_chunk_tokens)
-    return Engine(executor, limits, budget=budget, order=setup.order)
+    return Engine(
+        executor,
+        limits,
+        budget=budget,
+        order=setup.order,
+        stop_checkers=lambda prompt, params: LetterStops(params),
+    )
 
 
 def serve(setup: Setup, requests: list[Request]) -> Outputs:

@@ -102,7 +102,7 @@ class Engine:
         scheduler = self.scheduler
         if request.request_id in scheduler.live:
             raise InvalidParameter("request_id", request.request_id, "unique among live requests")
-        if len(scheduler.waiting) >= self.limits.max_waiting:
+        if len(scheduler.live) >= self.max_running + self.limits.max_waiting:
             raise QueueFull(self.limits.max_waiting, 1.0)
         params = request.params
         if params.seed is None:
@@ -147,8 +147,15 @@ class Engine:
     def step(self) -> list[SequenceDelta]:
         """Run one step; returns what each sequence got. Empty when nothing can run.
 
-        When the executor raises, every request is cancelled (see `reset`) and the error goes on.
+        When anything in it raises, every request is cancelled (see `reset`) and the error goes on.
         """
+        try:
+            return self._step()
+        except BaseException:
+            self.reset()
+            raise
+
+    def _step(self) -> list[SequenceDelta]:
         started = perf_counter()
         plan = self.scheduler.plan(self.clock.now())
         if not plan.runs:
@@ -158,11 +165,7 @@ class Engine:
         if self.limits.debug:
             batch.check()
         built = perf_counter()
-        try:
-            result = self.executor.collect(self.executor.submit(batch))
-        except BaseException:
-            self.reset()
-            raise
+        result = self.executor.collect(self.executor.submit(batch))
         executed = perf_counter()
         deltas = self.scheduler.commit(plan, result, self.clock.now())
         if self.limits.debug:

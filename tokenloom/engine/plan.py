@@ -31,7 +31,6 @@ class Plan:
     runs: list[Run] = field(default_factory=list)
     page_copies: list[tuple[int, int]] = field(default_factory=list)
     entries: list[LogitEntry] = field(default_factory=list)
-    num_decodes: int = 0
     num_rows: int = 0
 
     def drop(self, seq: Sequence) -> None:

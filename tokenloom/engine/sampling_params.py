@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -55,10 +56,14 @@ class SamplingParams:
             set_(self, "stop", (self.stop,))
         for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, tuple):
+            if value is None and name != "allowed_token_ids":
+                set_(self, name, ())
+            elif value is not None and not isinstance(value, tuple):
                 if not isinstance(value, (list, set, frozenset)):
                     raise InvalidParameter(name, value, "a list")
                 set_(self, name, tuple(value))
+        if self.logit_bias is None:
+            set_(self, "logit_bias", {})
         if not isinstance(self.logit_bias, Mapping):
             raise InvalidParameter("logit_bias", self.logit_bias, "a map from token ids to numbers")
         set_(self, "logit_bias", {_as_token_id(k): v for k, v in self.logit_bias.items()})
@@ -73,7 +78,7 @@ class SamplingParams:
             number = (int, float) if kind is float else (int,)
             if isinstance(value, bool) or not isinstance(value, number):
                 raise InvalidParameter(name, value, limit)
-            if not math.isfinite(value) or not test(value):
+            if (isinstance(value, float) and not math.isfinite(value)) or not test(value):
                 raise InvalidParameter(name, value, limit)
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
@@ -131,7 +136,7 @@ def _as_token_id(key: object) -> int:
     """JSON objects have string keys, so "42" stands for token 42."""
     if isinstance(key, int) and not isinstance(key, bool):
         return key
-    if isinstance(key, str) and len(key) < 12 and key.lstrip("-").isdigit():
+    if isinstance(key, str) and re.fullmatch("-?[0-9]{1,10}", key):
         return int(key)
     raise InvalidParameter("logit_bias", key, "a map whose keys are token ids")
 
@@ -144,18 +149,19 @@ def _check_items(name: str, items: tuple[Any, ...], kind: type, most: int, what:
             raise InvalidParameter(name, item, f"a list of {what}")
 
 
+_INT32 = (1 << 31) - 1
 _OPTIONAL = frozenset({"max_tokens", "seed", "logprobs", "prompt_logprobs"})
 _LIMITS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "n": (int, lambda v: 1 <= v <= MAX_N, f"an integer from 1 to {MAX_N}"),
     "temperature": (float, lambda v: 0 <= v <= 100, "a number from 0 to 100"),
     "top_p": (float, lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
-    "top_k": (int, lambda v: -1 <= v < 1 << 31, "an integer of at least -1"),
+    "top_k": (int, lambda v: -1 <= v < 1 << 31, f"an integer from -1 to {_INT32}"),
     "min_p": (float, lambda v: 0 <= v <= 1, "a number from 0 to 1"),
-    "repetition_penalty": (float, lambda v: 0 < v <= 100, "a number above 0 and at most 100"),
+    "repetition_penalty": (float, lambda v: 0.01 <= v <= 100, "a number from 0.01 to 100"),
     "presence_penalty": (float, lambda v: -2 <= v <= 2, "a number from -2 to 2"),
     "frequency_penalty": (float, lambda v: -2 <= v <= 2, "a number from -2 to 2"),
-    "min_tokens": (int, lambda v: 0 <= v < 1 << 31, "an integer of at least 0"),
-    "max_tokens": (int, lambda v: 0 <= v < 1 << 31, "an integer of at least 0"),
+    "min_tokens": (int, lambda v: 0 <= v < 1 << 31, f"an integer from 0 to {_INT32}"),
+    "max_tokens": (int, lambda v: 0 <= v < 1 << 31, f"an integer from 0 to {_INT32}"),
     "seed": (int, lambda v: -(1 << 63) <= v < 1 << 64, "a 64-bit integer"),
     "logprobs": (int, lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}"),
     "prompt_logprobs": (int, lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}"),

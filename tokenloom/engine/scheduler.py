@@ -96,7 +96,8 @@ class Scheduler:
     def plan(self, now: float) -> Plan:
         """Choose the runs of the next step and give them pages."""
         plan = Plan(now)
-        self._preempt_for_urgent(now)
+        if len(self.waiting) and self.running:
+            self._preempt_for_urgent(now)
         prefills = [seq for seq in self.running if len(seq.tokens) - seq.num_computed > 1]
         turns = self.budget.turns(
             self.num_steps, len(self.running) > len(prefills), bool(prefills or len(self.waiting))
@@ -112,7 +113,7 @@ class Scheduler:
                 if seq.state is State.RUNNING:
                     self._plan_chunk(plan, seq)
             if self.num_preemptions == preemptions:
-                self._admit(plan, now, prefills)
+                self._admit(plan, now)
         if not plan.runs and not turns.decode:
             self._plan_decodes(plan)
         if plan.runs:
@@ -130,7 +131,7 @@ class Scheduler:
             if end > len(seq.pages) * PAGE_SIZE and not self._grow(plan, seq, end, decodes_too=True):
                 continue
             runs.append(Run(seq, start, end))
-        plan.num_decodes = plan.num_rows = len(runs)
+        plan.num_rows = len(runs)
 
     def _plan_chunk(self, plan: Plan, seq: Sequence) -> None:
         """Give a prompt as many rows as budget and pages allow."""
@@ -170,20 +171,29 @@ class Scheduler:
         return True
 
     def _preempt_for_urgent(self, now: float) -> None:
-        """Make room for a waiting sequence of a more urgent class than some running one."""
-        if not self.running:
-            return
+        """Make room for a waiting sequence of a more urgent class, if all less urgent ones together have it."""
         head = self.waiting.head(now)
         if head is None:
             return
         urgent = self.order.priority_class(head, now)
         if urgent == 0 and self.order.policy == "fcfs":
             return
-        while self.running and not self._fits(head, 0):
-            victim = max(self.running, key=lambda s: self.order.key(s, now))
-            if self.order.priority_class(victim, now) <= urgent:
-                return
-            self._preempt(victim)
+        less_urgent = [seq for seq in self.running if self.order.priority_class(seq, now) > urgent]
+        rows = self.table.num_free + len(less_urgent)
+        pages = self.cache.num_available + sum(
+            self.cache.references[page] == 1 for seq in less_urgent for page in seq.pages
+        )
+        if rows < 1 + len(head.siblings) or pages < head.num_pages_missing(len(head.tokens)):
+            return
+        less_urgent.sort(key=lambda seq: self.order.key(seq, now))
+        while less_urgent and not self._fits(head, self._promised_pages()):
+            self._preempt(less_urgent.pop())
+
+    def _promised_pages(self) -> int:
+        """Pages that running prompts will still need."""
+        return sum(
+            max(seq.num_pages_missing(len(seq.tokens)), 0) for seq in self.running if seq.num_pending > 1
+        )
 
     def _fits(self, seq: Sequence, promised_pages: int) -> bool:
         """Whether rows and pages for all tokens of a waiting `seq` are there, beside what is promised."""
@@ -203,9 +213,11 @@ class Scheduler:
         extend_chain(seq.chain, seq.root, seq.tokens, len(seq.tokens))
         return self.cache.find(seq.chain)
 
-    def _admit(self, plan: Plan, now: float, prefills: list[Sequence]) -> None:
+    def _admit(self, plan: Plan, now: float) -> None:
         """Admit from the head of the queue while rows, pages and budget last; never past who does not fit."""
-        promised = sum(max(s.num_pages_missing(len(s.tokens)), 0) for s in prefills if s.row >= 0)
+        if not len(self.waiting):
+            return
+        promised = self._promised_pages()
         while plan.num_rows < self.budget.max_batch_tokens:
             seq = self.waiting.head(now)
             if seq is None or not self._fits(seq, promised):

@@ -8,19 +8,22 @@ from collections.abc import Iterator
 from tokenloom.engine.policies.queue_order import QueueOrder
 from tokenloom.engine.sequence import Sequence
 
-Entry = tuple[int, float, str, int, Sequence]
+Entry = tuple[int, float, str, int, int, Sequence]
+
+_SPARE_ENTRIES = 64
 
 
 class WaitingQueue:
     """Sequences that wait for admission.
 
     Two heaps hold every entry, one by (priority, arrival), one by arrival alone; the oldest goes first once it is
-    past the age bound. Removed entries stay in a heap until they reach its top.
+    past the age bound. Removed entries stay in a heap until they reach its top or are the larger part of it.
     """
 
     def __init__(self, order: QueueOrder) -> None:
         self.order = order
         self._members: set[Sequence] = set()
+        self._num_pushed = 0
         self._by_priority: list[Entry] = []
         self._by_arrival: list[Entry] = []
 
@@ -36,7 +39,8 @@ class WaitingQueue:
     def push(self, seq: Sequence) -> None:
         request = seq.request
         priority = request.priority if self.order.policy == "priority" else 0
-        tail = (request.arrival, request.request_id, seq.index, seq)
+        self._num_pushed += 1
+        tail = (request.arrival, request.request_id, seq.index, self._num_pushed, seq)
         self._members.add(seq)
         heapq.heappush(self._by_priority, (priority, *tail))
         heapq.heappush(self._by_arrival, (0, *tail))
@@ -44,9 +48,10 @@ class WaitingQueue:
     def remove(self, seq: Sequence) -> None:
         """Take `seq` out; KeyError if it does not wait."""
         self._members.remove(seq)
-        if not self._members:
-            self._by_priority.clear()
-            self._by_arrival.clear()
+        if len(self._by_arrival) > 2 * len(self._members) + _SPARE_ENTRIES:
+            for heap in (self._by_priority, self._by_arrival):
+                heap[:] = {entry[-1]: entry for entry in heap if entry[-1] in self._members}.values()
+                heapq.heapify(heap)
 
     def head(self, now: float) -> Sequence | None:
         """Who is next, or None."""

@@ -65,7 +65,7 @@ class Embed:
 
 @dataclass(frozen=True, slots=True)
 class RMSNorm:
-    """out = (source / sqrt(mean(source^2) + epsilon)) * weight, in fp32, rounded once to the dtype of `out`.
+    """out = (source * (1 / sqrt(mean(source^2) + epsilon))) * weight, in fp32, rounded to the dtype of `out`.
 
     With `add`, source += add (fp32, stored) comes first. Root mean square layer normalisation, Zhang and
     Sennrich 2019.
@@ -80,8 +80,7 @@ class RMSNorm:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """y = source @ weight.T with one fp32 accumulator per element, + bias, + delta, then the epilogue in
-    fp32.
+    """y = source @ weight.T, one fp32 accumulator per element, + bias, + delta, then the epilogue in fp32.
 
     none: out = y. residual: out += y. silu_mul: weight stacks gate and up, y = [g, u] and
     out = (g / (1 + exp(-g))) * u, half as wide. The result is rounded once to the dtype of `out`. `delta`
@@ -98,8 +97,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class RopeStore:
-    """Split qkv = [q heads | k heads | v heads], rotate q and k, store k and v of layer `layer` in the KV
-    pool.
+    """Split qkv = [q heads | k heads | v heads], rotate q and k, store k and v in the KV pool.
 
     The leading `rotary_dim` dimensions of a head rotate in halves (x1, x2):
     (x1 * cos - x2 * sin, x2 * cos + x1 * sin), each product and the sum rounded to fp32 (RoFormer, Su et al.

@@ -1,4 +1,4 @@
-"""Llama: RMSNorm, grouped-query attention with RoPE, SwiGLU (Touvron et al. 2023; Grattafiori et al. 2024)."""
+"""Llama: RMSNorm, grouped-query attention, RoPE, SwiGLU (Touvron et al. 2023; Grattafiori et al. 2024)."""
 
 from __future__ import annotations
 

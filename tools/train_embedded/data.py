@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from .pairs import FINISH_RATES, Document, PairRates, build_document
+from .pairs import FINISH_RATES, POLISH_RATES, Document, PairRates, build_document
 from .tokenizer import ASSISTANT, BOS, END, PAD, ROLE_IDS
 
 WEIGHT_ONE = 10
@@ -33,6 +33,8 @@ class DataPlan:
     sampled_epochs: int = 4
     finish_real_epochs: int = 2
     finish_sampled_epochs: int = 1
+    polish_real_epochs: int = 2
+    polish_sampled_epochs: int = 1
     short_row: int = 512
     long_row: int = 1024
     long_share: float = 0.3
@@ -139,6 +141,14 @@ def _save(folder: Path, name: str, rows: list[Row]) -> None:
         part.replace(folder / f"{name}.{suffix}.npy")
 
 
+def _save_polish(
+    real: list[str], sampled: list[str], nouns: list[str], tokenizer: Tokenizer, plan: DataPlan, folder: Path
+) -> None:
+    epochs = (plan.polish_real_epochs, plan.polish_sampled_epochs)
+    last = documents(real, sampled, nouns, plan.seed + 3, epochs, POLISH_RATES)
+    _save(folder, "polish", list(pack((encode_document(d, tokenizer) for d in last), plan.short_row + 1)))
+
+
 def build(
     real: list[str],
     sampled: list[str],
@@ -165,6 +175,7 @@ def build(
     cut = int(len(late) * (1 - plan.long_share))
     _save(folder, "finish", list(pack(late[:cut], plan.short_row + 1)))
     _save(folder, "long", list(pack(late[cut:], plan.long_row + 1)))
+    _save_polish(real, sampled, nouns, tokenizer, plan, folder)
     held = encoded((held_out, []), plan.seed + 1, (1, 0))
     _save(folder, "held_out", list(pack(held, plan.short_row + 1)))
     facts: dict[str, object] = {
@@ -178,7 +189,7 @@ def build(
         "tokens": sum(len(ids) for ids, _ in main),
         "finish_documents": len(late),
         "finish_tokens": sum(len(ids) for ids, _ in late),
-        "rows": {name: len(Rows(folder, name).ids) for name in ("main", "finish", "long", "held_out")},
+        "rows": {name: len(Rows(folder, name).ids) for name in ("main", "finish", "long", "polish", "held_out")},
         "real_tokens": sum(len(e.ids) for e in tokenizer.encode_batch(real, add_special_tokens=False)),
         "sampled_tokens": sum(len(e.ids) for e in tokenizer.encode_batch(sampled, add_special_tokens=False)),
     }

@@ -35,24 +35,34 @@ class TrainPlan:
     decay_share: float = 0.4
     finish_share: float = 0.28
     long_share: float = 0.1
+    polish_steps: int = 560
+    polish_rate: float = 0.6
     mark_weight: float = 8.0
     finish_mark_weight: float = 30.0
     distill: float = 0.0
     distill_after: float = 0.7
     seed: int = 1
 
+    @property
+    def total(self) -> int:
+        """All steps, those of the polish rows included."""
+        return self.steps + self.polish_steps
+
     def rate(self, step: int) -> float:
-        """Factor on the learning rates at ``step``: warm-up, stable, linear decay to zero."""
+        """Factor on the learning rates at ``step``: warm-up, stable, linear decay to zero; once more for polish."""
+        if step >= self.steps:
+            return self.polish_rate * (self.total - step) / self.polish_steps
         decay = max(1, round(self.steps * self.decay_share))
         return min(1.0, (step + 1) / self.warmup, max(0.0, (self.steps - step) / decay))
 
 
 class Batches:
-    """The rows of every step, as a pure function of the step: main rows, then finish rows, then long ones."""
+    """The rows of every step, as a pure function of the step: main, finish and long rows, then polish rows."""
 
     def __init__(self, folder: Path, plan: TrainPlan, data: DataPlan) -> None:
         self.plan, self.data = plan, data
         self.phases = [
+            (plan.steps, Rows(folder, "polish"), data.short_row),
             (round(plan.steps * (1 - plan.long_share)), Rows(folder, "long"), data.long_row),
             (round(plan.steps * (1 - plan.finish_share)), Rows(folder, "finish"), data.short_row),
             (0, Rows(folder, "main"), data.short_row),
@@ -215,7 +225,7 @@ def load_checkpoint(path: Path, config: ModelConfig) -> tuple[Llama, int]:
 
 
 def run(which: str, work: Path, plan: TrainPlan, compiled: bool, minutes: float = 4.0) -> None:
-    """Train ``which`` to ``plan.steps``, with a checkpoint every ``minutes``, at the end and on SIGTERM."""
+    """Train ``which`` to ``plan.total``, with a checkpoint every ``minutes``, at the end and on SIGTERM."""
     folder = work / which
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, log = folder / "checkpoint.pt", folder / "log.jsonl"
@@ -233,12 +243,12 @@ def run(which: str, work: Path, plan: TrainPlan, compiled: bool, minutes: float 
         signal.signal(number, lambda code, _frame: stop.append(code))
     saved = mark = time.monotonic()
     mean, seen = 0.0, 0
-    while trainer.step < plan.steps and not stop:
+    while trainer.step < plan.total and not stop:
         loss, norm = trainer.train_step(batches.step(trainer.step))
         if not math.isfinite(loss):
             raise RuntimeError(f"loss is {loss} at step {trainer.step}")
         mean, seen = mean + loss, seen + 1
-        if trainer.step % 25 == 0 or trainer.step == plan.steps:
+        if trainer.step % 25 == 0 or trainer.step == plan.total:
             now = time.monotonic()
             entry: dict[str, Any] = {
                 "step": trainer.step,
@@ -249,7 +259,7 @@ def run(which: str, work: Path, plan: TrainPlan, compiled: bool, minutes: float 
                 "tokens_per_second": round(seen * plan.tokens_per_step / (now - mark)),
                 "seconds": round(now - mark, 1),
             }
-            if trainer.step % 250 == 0 or trainer.step == plan.steps:
+            if trainer.step % 250 == 0 or trainer.step == plan.total:
                 entry["held_out"] = round(trainer.held_out(held), 4)
             with log.open("a") as stream:
                 stream.write(json.dumps(entry) + "\n")

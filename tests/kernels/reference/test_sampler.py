@@ -216,3 +216,13 @@ def test_softcap() -> None:
     rows = np.array([[50.0, -80.0, 3.0]], np.float32)
     sampler = Sampler(PackedLinear(np.eye(3, dtype=np.float32)), softcap=30.0)
     assert sampler.logits(rows) == pytest.approx(30 * np.tanh(rows / 30), rel=1e-6)
+
+
+def test_extreme_edits_cost_nobody_else() -> None:
+    edits = LogitEdits(
+        seen_ids=np.arange(4, dtype=np.int32), output_counts=np.ones(4, np.int32), repetition_penalty=1e-40
+    )
+    logits = np.array([[3.0, -2.0, 0.5, 1.0, 2.0]] * 2)
+    result = sample(logits, [Entry(row=0, temperature=1.0, edits=edits), Entry(row=1, temperature=1.0)])
+    assert result.token_ids[1] == sample(logits, [Entry(row=1, temperature=1.0)]).token_ids[0]
+    assert result.token_ids[0] in (0, 2, 3)

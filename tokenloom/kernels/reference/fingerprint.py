@@ -2,8 +2,9 @@
 
 A BLAS chooses its kernels by processor, and numpy its vector loops, so equal versions do not mean equal bits.
 The digest is over the results themselves: fixed inputs through the same products, reductions and functions,
-in the shapes of the program. On the way it is checked that a row's bits do not depend on its neighbours, on its
-place or on its address in memory; that holds for OpenBLAS and numpy's own loops, but no standard demands it.
+in the shapes of the program. On the way it is checked that a row's bits do not depend on its neighbours, on
+its place or on its address in memory; that holds for OpenBLAS and numpy's own loops, but no standard demands
+it.
 """
 
 from __future__ import annotations

@@ -69,8 +69,7 @@ class Sampler:
         if self._softcap is not None:
             cap = np.float32(self._softcap)
             logits = np.tanh(logits / cap) * cap
-        if not np.isfinite(logits).all():
-            logits = np.fmin(np.fmax(logits, np.float32(-np.inf)), _LARGEST)
+        _sanitize(logits)
         return logits
 
 
@@ -95,6 +94,7 @@ def _sample_tile(
     if len(processed):
         edited = logits[rows[processed]]
         apply_edits(edited, entries_of[processed], entries.edits)
+        _sanitize(edited)
         tokens[processed] = _choose(edited, entries_of[processed], entries)
     result.token_ids[entries_of] = tokens
     scored = np.flatnonzero((entries.num_logprobs[entries_of] >= 0) | ~drawn)
@@ -102,6 +102,12 @@ def _sample_tile(
         values = log_softmax(logits[rows[scored]])
         result.logprobs[entries_of[scored]] = values[np.arange(len(scored)), tokens[scored]]
         _top_logprobs(values, tokens[scored], entries_of[scored], entries.num_logprobs, tops)
+
+
+def _sanitize(logits: Float32) -> None:
+    """NaN becomes -inf and +inf the largest number, in place: what is broken costs its own row, never the step."""
+    np.fmax(logits, np.float32(-np.inf), out=logits)
+    np.fmin(logits, _LARGEST, out=logits)
 
 
 def apply_edits(logits: Float32, entries_of: Indices, edits: Mapping[int, LogitEdits]) -> None:

@@ -21,8 +21,8 @@ class Workers:
     def __init__(self, num_threads: int) -> None:
         if num_threads < 1:
             raise ValueError(f"{num_threads} threads cannot do any work")
-        self._helpers = num_threads - 1
-        self._pool = ThreadPoolExecutor(self._helpers, "tokenloom-rows") if self._helpers else None
+        self._num_extra = num_threads - 1
+        self._pool = ThreadPoolExecutor(self._num_extra, "tokenloom-rows") if self._num_extra else None
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Run every task once, in any order, and return when all are done. Raises what a task raised."""
@@ -38,7 +38,7 @@ class Workers:
                 while (index := next(taken)) < len(tasks):
                     tasks[index]()
 
-        futures = [self._pool.submit(work) for _ in range(min(self._helpers, len(tasks) - 1))]
+        futures = [self._pool.submit(work) for _ in range(min(self._num_extra, len(tasks) - 1))]
         try:
             work()
         finally:
