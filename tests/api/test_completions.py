@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.api.helpers import MODEL, Server, encode, text_at
-from tokenloom.api.params import completion_params
-from tokenloom.api.schemas import CompletionRequest
+from tests.api.helpers import MAX_CONTEXT, MODEL, Server, encode, serve, text_at
+from tokenloom.api.params import chat_params, completion_params
+from tokenloom.api.schemas import ChatCompletionRequest, CompletionRequest
 from tokenloom.serving.client import ModelCard
 
 PATH = "/v1/completions"
@@ -183,10 +184,29 @@ def test_defaults_of_the_model() -> None:
         vocab_size=256,
         max_running=8,
         max_requests=8,
-        default_temperature=0.25,
-        default_top_k=7,
+        default_sampling={
+            "temperature": 0.25,
+            "top_k": 7,
+            "min_p": 0.5,
+            "repetition_penalty": 1.5,
+            "max_tokens": 9,
+        },
     )
     params = completion_params(CompletionRequest(prompt="x"), card)
     assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.25, 1.0, 7, 16)
+    assert (params.min_p, params.repetition_penalty) == (0.5, 1.5)
+    params = completion_params(CompletionRequest(prompt="x", min_p=0, repetition_penalty=1), card)
+    assert (params.min_p, params.repetition_penalty) == (0, 1)
+    assert chat_params(ChatCompletionRequest(messages=[]), card).max_tokens == 9
+    assert chat_params(ChatCompletionRequest(messages=[], max_tokens=3), card).max_tokens == 3
     params = completion_params(CompletionRequest(prompt="x", temperature=0, top_k=0, max_tokens=3), card)
     assert (params.temperature, params.top_k, params.max_tokens) == (0, 0, 3)
+
+
+def test_a_long_default_of_the_model_ends_where_the_context_does(tokenizer_directory: Path) -> None:
+    with serve(tokenizer_directory, default_sampling={"max_tokens": 100_000}) as server:
+        body = {"messages": [{"role": "user", "content": "x" * 450}]}
+        response = server.post("/v1/chat/completions", body)
+        assert response.status_code == 200, response.text
+        assert response.json()["choices"][0]["finish_reason"] == "length"
+        assert response.json()["usage"]["total_tokens"] == MAX_CONTEXT

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
-from tests.api.helpers import MAX_CONTEXT, SECONDS, Server, serve
+from tests.api.helpers import MAX_CONTEXT, SECONDS, Server, scripted_client, serve
+from tokenloom.api.body import parse_object
+from tokenloom.api.errors import ApiError
+from tokenloom.config import make_config
+from tokenloom.text.tokenizer import Tokenizer
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hi"}]
@@ -34,17 +40,17 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
     [
         ("temperature", -1, "from 0 to 100"),
         ("top_p", 0, "above 0 and at most 1"),
-        ("top_k", -2, "at least -1"),
+        ("top_k", -2, "from -1 to"),
         ("min_p", 2, "from 0 to 1"),
         ("n", 0, "from 1 to 128"),
         ("n", 33, "at most 32"),
         ("n", 1_000_000, "at most 32"),
         ("presence_penalty", 3, "from -2 to 2"),
         ("frequency_penalty", -2.5, "from -2 to 2"),
-        ("repetition_penalty", 0, "above 0"),
+        ("repetition_penalty", 0, "from 0.01 to 100"),
         ("seed", 1 << 70, "64-bit"),
-        ("max_tokens", -1, "at least 0"),
-        ("min_tokens", -1, "at least 0"),
+        ("max_tokens", -1, "from 0 to"),
+        ("min_tokens", -1, "from 0 to"),
         ("stop", [""], "1 to 1024 characters"),
         ("stop", ["x"] * 17, "at most 16"),
         ("logit_bias", {"hello": 1}, "token ids"),
@@ -53,6 +59,8 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
         ("allowed_token_ids", [], "at least one"),
         ("stop_token_ids", [999], "token ids from 0 to 257"),
         ("priority", 1 << 40, "<"),
+        ("priority", 1, "0, unless the server runs with --policy priority"),
+        ("priority", -1, "0, unless the server runs with --policy priority"),
         ("cache_salt", "", "length"),
     ],
 )
@@ -228,6 +236,74 @@ def test_context_length(server: Server) -> None:
     assert server.post("/v1/completions", {"prompt": "x" * (MAX_CONTEXT - 1)}).status_code == 200
     whole = {"prompt": "x" * MAX_CONTEXT, "max_tokens": 0, "echo": True}
     assert server.post("/v1/completions", whole).status_code == 200
+
+
+def test_what_cannot_fit_is_not_tokenised(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(self: Tokenizer, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        raise AssertionError("tokenised")
+
+    longest = len("</s>")
+    limit = 4 * longest * MAX_CONTEXT
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode_batch", encode)
+        text = "x" * (limit + 1)
+        for path, body, param in (
+            ("/v1/completions", {"prompt": text}, "prompt"),
+            ("/v1/completions", {"prompt": ["ok", text]}, "prompt"),
+            (CHAT, {"messages": [{"role": "user", "content": text}]}, "messages"),
+        ):
+            error = error_of(server.post(path, body), 400)
+            assert error["code"] == "context_length_exceeded"
+            assert error["param"] == param
+            assert str(MAX_CONTEXT) in error["message"]
+            assert "has at least 51" in error["message"]
+    # A special token may take in any number of blanks.
+    for text in ("x" * limit, " " * (limit + 1)):
+        error = error_of(server.post("/v1/completions", {"prompt": text}), 400)
+        assert f"has {len(text)} tokens" in error["message"]
+
+
+def test_priority_under_its_policy(tokenizer_directory: Path) -> None:
+    config = make_config({"policy": "priority"}, env={})
+    with Server(scripted_client(tokenizer_directory), config) as server:
+        for path, body in ((CHAT, {"messages": HELLO}), ("/v1/completions", {"prompt": "x"})):
+            assert server.post(path, {**body, "max_tokens": 1, "priority": 3}).status_code == 200
+
+
+def test_priority_of_a_completion_is_refused_too(server: Server) -> None:
+    error = error_of(server.post("/v1/completions", {"prompt": "x", "priority": 1}), 400)
+    assert error["param"] == "priority"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param"), [([1, 999], "prompt"), ([[1, 999]], "prompt"), ([[1], [999]], "prompt[1]")]
+)
+def test_tokens_outside_the_vocabulary(server: Server, prompt: object, param: str) -> None:
+    error = error_of(server.post("/v1/completions", {"prompt": prompt}), 400)
+    assert error["param"] == param
+    assert "999" in error["message"]
+
+
+def test_fields_that_are_not_read_are_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+
+    def decode(value: msgspec.Raw) -> object:
+        decoded.append(bytes(value))
+        return msgspec.json.decode(value)
+
+    monkeypatch.setattr("tokenloom.api.body._decode_value", decode)
+    body = b'{"metadata": [[], []], "n" : 2 , "seed": null, "odd":null, "tools": [ ]}'
+    assert parse_object(body, {"n", "seed", "tools"}) == ({"n": 2, "tools": []}, ["metadata"])
+    assert decoded == [b"2", b"[ ]"]
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize(
+    ("body", "word"), [(b" [1]", "a list"), (b"3", "a"), (b"null", "null"), (b'"x"', "a string")]
+)
+def test_a_body_that_is_no_object(body: bytes, word: str) -> None:
+    with pytest.raises(ApiError, match=f"must be a JSON object, not {word}"):
+        parse_object(body, ())
 
 
 def test_one_prompt_of_many_is_too_long(server: Server) -> None:

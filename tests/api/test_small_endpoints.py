@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tokenloom.api.endpoints import ENDPOINTS
 from tokenloom.api.metrics import Metrics
 from tokenloom.config import Config
 from tokenloom.engine.plan import StepRecord
+from tokenloom.text.tokenizer import Tokenizer
 
 HELLO = [{"role": "user", "content": "hi"}]
 
@@ -137,7 +139,7 @@ def test_metrics(tokenizer_directory: Path) -> None:
 def test_a_restarted_engine_is_counted(tokenizer_directory: Path) -> None:
     client = scripted_client(tokenizer_directory)
     metrics = Metrics()
-    for step in (1, 2, 3, 1, 2, 1):
+    for step in (7, 8, 9, 1, 2, 3):
         record = StepRecord(
             step=step,
             time=0.0,
@@ -156,10 +158,39 @@ def test_a_restarted_engine_is_counted(tokenizer_directory: Path) -> None:
             seconds={"plan": 0.5},
         )
         metrics.on_step(client, record)
+    assert samples(metrics.render(client).decode())["tokenloom_engine_restarts_total"] == 0
+    client.num_restarts = 2
+    metrics.render(client)
     values = samples(metrics.render(client).decode())
     assert values["tokenloom_engine_restarts_total"] == 2
     assert values["tokenloom_num_preemptions_total"] == 6
     assert values["tokenloom_scheduler_stage_seconds_total|plan"] == 3
+
+
+def test_tokenize_is_bounded(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenloom.api.tokenize.MAX_TOTAL_TOKENS", 100)
+    assert server.post("/tokenize", {"prompt": "x" * 100}).status_code == 200
+    for body, param in (
+        ({"prompt": "x" * 101}, "prompt"),
+        ({"messages": [{"role": "user", "content": "x" * 101}]}, "messages"),
+    ):
+        response = server.post("/tokenize", body)
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == param
+
+
+def test_texts_of_many_tokens_are_made_off_the_loop(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = set()
+    token_text = Tokenizer.token_text
+
+    def noted(tokenizer: Tokenizer, token_id: int) -> str:
+        threads.add(threading.current_thread().name)
+        return token_text(tokenizer, token_id)
+
+    monkeypatch.setattr(Tokenizer, "token_text", noted)
+    answer = server.post("/tokenize", {"prompt": "x" * 20_000, "return_token_strs": True}).json()
+    assert answer["token_strs"] == ["x"] * 20_000
+    assert all(name.startswith("asyncio") for name in threads), threads
 
 
 async def test_one_log_line_per_request(tokenizer_directory: Path, caplog: pytest.LogCaptureFixture) -> None:

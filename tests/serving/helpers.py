@@ -61,7 +61,13 @@ def write_tiny_model(directory: Path) -> Path:
         "eos_token_id": EOS,
         "max_position_embeddings": 256,
     }
-    generation = {"eos_token_id": EOS, "temperature": 0.9, "top_k": 20}
+    generation = {
+        "eos_token_id": EOS,
+        "temperature": 0.9,
+        "top_k": 20,
+        "min_p": 0.01,
+        "repetition_penalty": 1.0,
+    }
     write_model(write_tokenizer(directory), config, llama_tensors(config), generation=generation)
     return directory
 

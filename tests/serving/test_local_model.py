@@ -82,6 +82,7 @@ def test_logprobs_and_defaults(llm: LLM) -> None:
     assert len(output.prompt_logprobs) == 3
     params = llm.get_default_sampling_params()
     assert (params.temperature, params.top_k, params.top_p) == (0.9, 20, 1.0)
+    assert (params.min_p, params.repetition_penalty) == (0.01, 1.0)
     assert (llm.card.name, llm.card.max_context, llm.card.vocab_size) == ("tiny", 256, VOCAB)
 
 

@@ -44,7 +44,15 @@ from tokenloom.serving.messages import (
     rebuild_error,
 )
 
-CARD = ModelCard(name="m", created=1, max_context=2, vocab_size=3, max_running=4, max_requests=5)
+CARD = ModelCard(
+    name="m",
+    created=1,
+    max_context=2,
+    vocab_size=3,
+    max_running=4,
+    max_requests=5,
+    default_sampling={"temperature": 0.5, "top_k": 3},
+)
 
 
 def over_the_wire(error: Exception) -> TokenloomError:

@@ -14,13 +14,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import zmq
 
 from tests.serving.helpers import POISON, alone, collect, request
 from tokenloom.config import make_config
 from tokenloom.engine.plan import StepRecord
 from tokenloom.errors import ContextLengthExceeded, EngineDead, InvalidParameter
 from tokenloom.serving import supervisor
-from tokenloom.serving.messages import Loading
+from tokenloom.serving.messages import Cancel, Loading
 from tokenloom.serving.supervisor import ProcessEngineClient
 
 SECONDS = 60.0
@@ -181,6 +182,35 @@ async def test_a_checkpoint_that_cannot_be_loaded_is_not_tried_again(
     with pytest.raises(EngineDead, match="no directory"):
         await client.wait_ready(SECONDS)
     await client.close()
+
+
+async def test_the_current_directory_is_not_searched_for_modules(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "queue.py").write_text("raise SystemExit('the wrong queue')")
+    monkeypatch.chdir(tmp_path)
+    client = ProcessEngineClient(make_config({"model": str(tiny_model), "num_pages": 64}, env={}))
+    await client.start()
+    try:
+        await client.wait_ready(SECONDS)
+    finally:
+        await client.close()
+
+
+async def test_a_peer_that_is_gone_before_its_death_is_noticed(tokenizer_directory: Path) -> None:
+    async with serving(tokenizer_directory) as client:
+        process = client.process_id
+        with zmq.Context() as context, context.socket(zmq.PAIR) as alone_socket:
+            alone_socket.bind(f"inproc://nobody-{process}")
+            served, client._socket = client._socket, alone_socket
+            try:
+                with pytest.raises(EngineDead, match="has just ended"):
+                    await collect(client.generate(request("r")))
+                assert client.num_in_flight == 0
+                client._send(Cancel("r"))
+            finally:
+                client._socket = served
+        assert len((await collect(client.generate(request("r"))))[0]) == 8
 
 
 async def test_an_engine_that_keeps_dying_is_given_up(

@@ -36,7 +36,7 @@ def _rows(folder: Path) -> data.DataPlan:
     """Random rows on disk for the tiny model."""
     plan = data.DataPlan(seed=3, short_row=16, long_row=32)
     rng = random.Random(5)
-    for name, length in (("main", 17), ("finish", 17), ("long", 33), ("held_out", 17)):
+    for name, length in (("main", 17), ("finish", 17), ("long", 33), ("polish", 17), ("held_out", 17)):
         rows = [([rng.randrange(300) for _ in range(length)], [10] * length) for _ in range(11)]
         data._save(folder, name, rows)
     return plan
@@ -108,6 +108,7 @@ def test_batches_are_a_function_of_the_step(tmp_path: Path) -> None:
             assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
     assert first.step(0)[0][0].shape == (2, 17)
     assert first.step(7)[0][0].shape == (1, 33)
+    assert first.step(_plan().steps)[0][0].shape == (2, 17)
     assert not torch.equal(first.step(0)[0][0], first.step(1)[0][0])
 
 
@@ -234,3 +235,9 @@ def test_shipped_models_are_small_and_share_the_tokenizer() -> None:
     assert (target / "tokenizer.json").read_bytes() == (draft / "tokenizer.json").read_bytes()
     for folder, config in ((target, model.TARGET), (draft, model.DRAFT)):
         assert json.loads((folder / "config.json").read_text()) == model.hf_config(config)
+
+
+def test_the_rate_falls_to_zero_twice() -> None:
+    plan = replace(_plan(), polish_steps=4, polish_rate=0.5)
+    assert plan.rate(plan.steps - 1) <= plan.rate(plan.steps - 2)
+    assert plan.rate(plan.steps) == 0.5 and plan.rate(plan.total - 1) == 0.125

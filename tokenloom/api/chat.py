@@ -11,7 +11,7 @@ from tokenloom.api.body import read_struct
 from tokenloom.api.context import context_of, fingerprint
 from tokenloom.api.generation import ChoiceDelta, Generation, Job, Prompt
 from tokenloom.api.logprobs import chat_logprobs, prompt_logprobs
-from tokenloom.api.params import chat_max_tokens_name, chat_params, check_lengths
+from tokenloom.api.params import chat_max_tokens, chat_max_tokens_name, chat_params, check_lengths
 from tokenloom.api.prompts import encode_chat
 from tokenloom.api.responses import (
     AssistantMessage,
@@ -35,6 +35,7 @@ async def chat_completions(request: Request) -> Response:
     fields = await read_struct(request, ChatCompletionRequest, context.max_body_bytes)
     card = context.card_for(fields.model)
     params = chat_params(fields, card)
+    context.check_priority(fields.priority)
     context.check_room(card, 1)
     tokenizer = context.client.tokenizer
     ids, continued = await encode_chat(
@@ -44,8 +45,9 @@ async def chat_completions(request: Request) -> Response:
         continue_final_message=fields.continue_final_message,
         variables=fields.chat_template_kwargs,
         add_special_tokens=fields.add_special_tokens,
+        max_context=card.max_context,
     )
-    check_lengths(len(ids), params.max_tokens, card, "messages", chat_max_tokens_name(fields))
+    check_lengths(len(ids), chat_max_tokens(fields), card, "messages", chat_max_tokens_name(fields))
     job = Job(
         response_id=new_response_id("chatcmpl"),
         log_id=request.state.request_id,

@@ -29,9 +29,14 @@ async def completions(request: Request) -> Response:
     fields = await read_struct(request, CompletionRequest, context.max_body_bytes)
     card = context.card_for(fields.model)
     params = completion_params(fields, card)
+    context.check_priority(fields.priority)
     tokenizer = context.client.tokenizer
     encoded, texts = await encode_prompts(
-        tokenizer, fields.prompt, add_special_tokens=fields.add_special_tokens, vocab_size=card.vocab_size
+        tokenizer,
+        fields.prompt,
+        add_special_tokens=fields.add_special_tokens,
+        vocab_size=card.vocab_size,
+        max_context=card.max_context,
     )
     if len(encoded) * params.n > MAX_CHOICES:
         raise InvalidParameter(

@@ -48,6 +48,12 @@ class ApiContext:
             raise ModelNotFound(model[:200], (card.name,))
         return card
 
+    def check_priority(self, priority: int) -> None:
+        """Raise `InvalidParameter` for a priority that the scheduler would not look at."""
+        if priority and self.config.scheduler.policy != "priority":
+            limit = "0, unless the server runs with --policy priority"
+            raise InvalidParameter("priority", priority, limit)
+
     def check_room(self, card: ModelCard, num_prompts: int) -> None:
         """Raise `QueueFull` unless `num_prompts` more requests may be in flight."""
         if num_prompts > card.max_requests:

@@ -78,7 +78,7 @@ _COUNTERS = {
     "prompt_tokens_cached": "Those of them that came from the prefix cache.",
     "generation_tokens": "Tokens generated.",
     "num_preemptions": "Sequences that gave up their pages to more urgent ones.",
-    "engine_restarts": "Times that the engine began anew.",
+    "engine_restarts": "Times that a dead engine was started again.",
 }
 
 
@@ -115,7 +115,7 @@ class Metrics:
         self._model_name = ""
         self._bound: dict[str, Any] = {}
         self._stage_counters: dict[str, Any] = {}
-        self._last_step = -1
+        self._num_restarts = 0
 
     def bind(self, model_name: str) -> None:
         """Count for this model from now on; the first name stays."""
@@ -146,10 +146,6 @@ class Metrics:
         if not self._bound:
             self.bind(client.card.name)
         bound = self._bound
-        if record.step <= self._last_step:
-            # Step numbers of one engine only rise.
-            bound["engine_restarts"].inc()
-        self._last_step = record.step
         bound["num_requests_running"].set(record.num_running)
         bound["num_requests_waiting"].set(record.num_waiting)
         bound["kv_cache_usage_perc"].set(record.pages_used / max(record.pages_total, 1))
@@ -183,6 +179,9 @@ class Metrics:
 
     def render(self, client: EngineClient) -> bytes:
         """The text of /metrics."""
+        if self._bound:
+            restarts, self._num_restarts = client.num_restarts - self._num_restarts, client.num_restarts
+            self._bound["engine_restarts"].inc(restarts)
         if self._bound and client.num_in_flight == 0:
             # The last step may have been before a cancel emptied the engine.
             for name in _GAUGES:

@@ -19,10 +19,17 @@ def chat_params(fields: ChatCompletionRequest, card: ModelCard) -> SamplingParam
         raise InvalidParameter("top_logprobs", fields.top_logprobs, "used together with logprobs: true")
     logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
     max_tokens_name = chat_max_tokens_name(fields)
-    max_tokens = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
+    max_tokens = chat_max_tokens(fields)
     _check_some_output(max_tokens, max_tokens_name, fields.prompt_logprobs is not None)
+    if max_tokens is None and "max_tokens" in card.default_sampling:
+        max_tokens = int(card.default_sampling["max_tokens"])
     renamed = {"logprobs": "top_logprobs", "max_tokens": max_tokens_name}
     return _sampling_params(fields, card, max_tokens, logprobs, fields.prompt_logprobs, renamed)
+
+
+def chat_max_tokens(fields: ChatCompletionRequest) -> int | None:
+    """The bound of the output that the client asked for, if any."""
+    return fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
 
 
 def chat_max_tokens_name(fields: ChatCompletionRequest) -> str:
@@ -59,14 +66,15 @@ def _sampling_params(
     _check_stream(fields)
     if fields.n > card.max_running:
         raise InvalidParameter("n", fields.n, f"at most {card.max_running}, the sequences that run at once")
+    defaults = card.default_sampling
     try:
         params = SamplingParams(
             n=fields.n,
-            temperature=_first(fields.temperature, card.default_temperature, 1.0),
-            top_p=_first(fields.top_p, card.default_top_p, 1.0),
-            top_k=int(_first(fields.top_k, card.default_top_k, 0)),
-            min_p=fields.min_p,
-            repetition_penalty=fields.repetition_penalty,
+            temperature=_first(fields.temperature, defaults.get("temperature"), 1.0),
+            top_p=_first(fields.top_p, defaults.get("top_p"), 1.0),
+            top_k=int(_first(fields.top_k, defaults.get("top_k"), 0)),
+            min_p=_first(fields.min_p, defaults.get("min_p"), 0.0),
+            repetition_penalty=_first(fields.repetition_penalty, defaults.get("repetition_penalty"), 1.0),
             presence_penalty=fields.presence_penalty,
             frequency_penalty=fields.frequency_penalty,
             logit_bias=fields.logit_bias,  # type: ignore[arg-type]  # JSON keys are strings; SamplingParams reads them

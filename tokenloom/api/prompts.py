@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -21,6 +22,10 @@ MAX_CHOICES = 4096
 MAX_TOTAL_TOKENS = 1 << 20
 # Encoding some 10,000 characters takes a few milliseconds; longer texts would delay the streams of others.
 INLINE_CHARS = 8192
+# Unicode normalisation makes at most four characters one.
+_SHRINKING = 4
+_BLANKS = tuple(c for c in map(chr, range(0x3001)) if c.isspace())
+_longest_pieces: weakref.WeakKeyDictionary[Tokenizer, int] = weakref.WeakKeyDictionary()
 ROLES = ("system", "developer", "user", "assistant")
 _RESERVED_VARIABLES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "self"}
@@ -36,37 +41,72 @@ async def off_loop(num_chars: int, work: Callable[[], T]) -> T:
 
 
 async def encode_prompts(
-    tokenizer: Tokenizer, prompt: Any, *, add_special_tokens: bool, vocab_size: int
+    tokenizer: Tokenizer, prompt: Any, *, add_special_tokens: bool, vocab_size: int, max_context: int
 ) -> tuple[list[list[int]], list[str | None]]:
     """Token ids of every prompt of a completion request, and its text where it was given as text.
 
-    Raises `InvalidParameter` for what is none of the four forms, for too many prompts or tokens, and for
-    token ids outside the vocabulary.
+    Raises `InvalidParameter` for what is none of the four forms, for too many prompts or tokens, for token
+    ids outside the vocabulary, and, before it is tokenised, for a text that `max_context` cannot hold.
     """
     texts, token_lists = _split_forms(prompt)
-    if max(len(texts), len(token_lists)) > MAX_PROMPTS:
-        count = max(len(texts), len(token_lists))
-        raise InvalidParameter("prompt", f"{count} prompts", f"at most {MAX_PROMPTS} prompts in one request")
     if texts:
-        num_chars = sum(map(len, texts))
-        encoded = await off_loop(num_chars, lambda: tokenizer.encode_batch(texts, add_special_tokens))
+
+        def check_and_encode() -> list[list[int]]:
+            for text in texts:
+                refuse_too_long(tokenizer, text, max_context, "prompt")
+            return tokenizer.encode_batch(texts, add_special_tokens)
+
+        encoded = await off_loop(sum(map(len, texts)), check_and_encode)
     else:
         encoded = token_lists
-        for ids in encoded:
-            check_token_ids("prompt", ids, vocab_size)
+        for name, ids in zip(_names(len(encoded)), encoded, strict=True):
+            check_token_ids(name, ids, vocab_size)
     total = sum(map(len, encoded))
     if len(encoded) > 1 and total > MAX_TOTAL_TOKENS:
         raise InvalidParameter(
             "prompt", f"{total} tokens", f"at most {MAX_TOTAL_TOKENS} tokens over all prompts"
         )
-    for number, ids in enumerate(encoded):
+    for name, ids in zip(_names(len(encoded)), encoded, strict=True):
         if not ids:
-            raise InvalidParameter(_name(number, len(encoded)), ids, "at least one token long")
+            raise InvalidParameter(name, ids, "at least one token long")
     return encoded, list(texts) if texts else [None] * len(encoded)
 
 
-def _name(number: int, count: int) -> str:
-    return "prompt" if count == 1 else f"prompt[{number}]"
+def _names(count: int) -> list[str]:
+    return ["prompt"] if count == 1 else [f"prompt[{number}]" for number in range(count)]
+
+
+def refuse_too_long(tokenizer: Tokenizer, text: str, max_context: int, param: str) -> None:
+    """Raise `InvalidParameter`, code context_length_exceeded, for a text that cannot fit, however tokenised.
+
+    Tokenising megabytes to refuse them takes seconds. Blanks are not counted, since a special token may take
+    in any number of them. Tokenizers that do not simply join bytes may do so with anything.
+    """
+    if len(text) <= INLINE_CHARS or tokenizer.pieces is None:
+        return
+    longest = _SHRINKING * _longest_piece(tokenizer)
+    if len(text) <= longest * max_context:
+        return
+    num_chars = len(text) - sum(map(text.count, _BLANKS))
+    if num_chars > longest * max_context:
+        fewest = -(-num_chars // longest)
+        raise InvalidParameter(
+            param,
+            fewest,
+            f"at most {max_context} tokens",
+            code="context_length_exceeded",
+            message=f"This model's maximum context length is {max_context} tokens, "
+            f"but {param} has at least {fewest} tokens ({len(text)} characters).",
+        )
+
+
+def _longest_piece(tokenizer: Tokenizer) -> int:
+    """Length in bytes, thus at least in characters, of the longest token."""
+    longest = _longest_pieces.get(tokenizer)
+    if longest is None:
+        longest = max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
+        longest = _longest_pieces[tokenizer] = max(longest, 1)
+    return longest
 
 
 def _split_forms(prompt: Any) -> tuple[list[str], list[list[int]]]:
@@ -77,6 +117,9 @@ def _split_forms(prompt: Any) -> tuple[list[str], list[list[int]]]:
         raise InvalidParameter("prompt", prompt, _FORMS)
     if not prompt:
         raise InvalidParameter("prompt", prompt, "at least one prompt")
+    if isinstance(prompt[0], str | list) and len(prompt) > MAX_PROMPTS:
+        limit = f"at most {MAX_PROMPTS} prompts in one request"
+        raise InvalidParameter("prompt", f"{len(prompt)} prompts", limit)
     kind: Any
     match prompt[0]:
         case str():
@@ -111,11 +154,13 @@ async def encode_chat(
     continue_final_message: bool | None,
     variables: Mapping[str, Any],
     add_special_tokens: bool = False,
+    max_context: int | None = None,
 ) -> tuple[list[int], str]:
     """Token ids of a conversation, and the text of the assistant message that is continued ("" if none).
 
     Without flags a last message of the assistant is continued. Raises `InvalidParameter` naming the message,
-    and refuses tools and parts that are not text.
+    and refuses tools, parts that are not text, and, before it is tokenised, a text that `max_context` cannot
+    hold.
     """
     if not messages:
         raise InvalidParameter("messages", [], "a list of at least one message")
@@ -138,6 +183,8 @@ async def encode_chat(
         text = tokenizer.render_chat(
             plain, add_generation_prompt=generation_prompt, continue_final_message=continued, **variables
         )
+        if max_context is not None:
+            refuse_too_long(tokenizer, text, max_context, "messages")
         return tokenizer.encode(text, add_special_tokens)
 
     try:

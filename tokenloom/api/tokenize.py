@@ -37,7 +37,12 @@ async def tokenize(request: Request) -> Response:
             variables=fields.chat_template_kwargs,
             add_special_tokens=fields.add_special_tokens is True,
         )
-    texts = [tokenizer.token_text(token) for token in ids] if fields.return_token_strs else None
+    if len(ids) > MAX_TOTAL_TOKENS:
+        name = "messages" if fields.prompt is None else "prompt"
+        raise InvalidParameter(name, f"{len(ids)} tokens", f"at most {MAX_TOTAL_TOKENS} tokens")
+    texts = None
+    if fields.return_token_strs:
+        texts = await off_loop(4 * len(ids), lambda: [tokenizer.token_text(token) for token in ids])
     return json_response(
         TokenizeResponse(count=len(ids), max_model_len=card.max_context, tokens=ids, token_strs=texts)
     )

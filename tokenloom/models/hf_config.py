@@ -86,7 +86,7 @@ def read_generation_defaults(directory: str | Path) -> GenerationDefaults:
         top_p=written.optional_number("top_p", 0, 1, above=True),
         top_k=written.optional_integer("top_k", -1, (1 << 31) - 1),
         min_p=written.optional_number("min_p", 0, 1),
-        repetition_penalty=written.optional_number("repetition_penalty", 0, 100, above=True),
+        repetition_penalty=written.optional_number("repetition_penalty", 0.01, 100),
         max_new_tokens=written.optional_integer("max_new_tokens", 1, (1 << 31) - 1),
     )
 

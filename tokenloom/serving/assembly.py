@@ -132,7 +132,6 @@ def _measured_budget(
 
 
 def _card(config: Config, model: LoadedModel, executor: LocalExecutor, engine: Engine) -> ModelCard:
-    defaults = model.generation
     return ModelCard(
         name=model_name(config.model.model, config.model.served_model_name),
         created=int(time.time()),
@@ -141,7 +140,5 @@ def _card(config: Config, model: LoadedModel, executor: LocalExecutor, engine: E
         max_running=engine.max_running,
         max_requests=engine.max_running + config.scheduler.max_waiting,
         numerics_id=executor.numerics_id,
-        default_temperature=defaults.temperature,
-        default_top_p=defaults.top_p,
-        default_top_k=defaults.top_k,
+        default_sampling=model.generation.as_sampling(),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from tokenloom.engine.plan import StepRecord
@@ -16,7 +16,8 @@ EngineState = Literal["loading", "ready", "restarting", "failed", "stopped"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
     """What the API says about the served model. `max_context` is in tokens, `created` in Unix seconds;
-    `max_requests` is how many may be in flight before 429; the defaults come from generation_config.json."""
+    `max_requests` is how many may be in flight before 429; `default_sampling` is what generation_config.json
+    says, by the names of `SamplingParams`."""
 
     name: str
     created: int
@@ -25,9 +26,7 @@ class ModelCard:
     max_running: int
     max_requests: int
     numerics_id: str = ""
-    default_temperature: float | None = None
-    default_top_p: float | None = None
-    default_top_k: int | None = None
+    default_sampling: dict[str, float | int] = field(default_factory=dict)
 
 
 class EngineClient(Protocol):
@@ -46,6 +45,10 @@ class EngineClient(Protocol):
     @property
     def num_in_flight(self) -> int:
         """Requests accepted and not yet ended."""
+
+    @property
+    def num_restarts(self) -> int:
+        """Times that a dead engine was started again."""
 
     def generate(self, request: Request) -> AsyncIterator[SequenceDelta]:
         """Serve one request; the iterator ends after the delta with `last`.

@@ -1,6 +1,6 @@
 """The engine process: builds the engine, serves it over one socket, and never outlives its parent.
 
-Started as `python -m tokenloom.serving.engine_process` with a msgpack `Start` on stdin. Exit codes: 0
+Started as `python -P -m tokenloom.serving.engine_process` with a msgpack `Start` on stdin. Exit codes: 0
 stopped, 1 a step failed (worth a restart), 2 the engine cannot be built.
 """
 

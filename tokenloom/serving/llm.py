@@ -88,13 +88,8 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What a request without parameters gets: the defaults of the model's generation_config.json."""
-        card = self._parts.card
-        defaults: dict[str, Any] = {
-            "temperature": card.default_temperature,
-            "top_p": card.default_top_p,
-            "top_k": card.default_top_k,
-        }
-        return SamplingParams(**{name: value for name, value in defaults.items() if value is not None})
+        defaults: dict[str, Any] = self._parts.card.default_sampling
+        return SamplingParams(**defaults)
 
     # --- generating --------------------------------------------------------------------------------------
 

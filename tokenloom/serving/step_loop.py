@@ -9,13 +9,16 @@ from typing import Final
 
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.plan import StepRecord
-from tokenloom.engine.request import StopChecker, StopCheckerFactory
+from tokenloom.engine.request import SequenceDelta, StopChecker, StopCheckerFactory
 from tokenloom.engine.sampling_params import SamplingParams
+from tokenloom.errors import InvalidParameter, TokenloomError
 from tokenloom.serving.messages import (
+    MAX_FRAME_BYTES,
     Add,
     Cancel,
     Command,
     Event,
+    ProtocolError,
     RequestFailed,
     Shutdown,
     Stepped,
@@ -125,8 +128,25 @@ class StepLoop:
                 self._fail(request_id, error)
             self._checkers.failures.clear()
         if deltas or len(self._records) >= MAX_HELD_RECORDS or not self.engine.has_work:
-            self._emit(Stepped(deltas, self._records))
-            self._records = []
+            records, self._records = self._records, []
+            try:
+                self._emit(Stepped(deltas, records))
+            except ProtocolError:
+                self._emit_apart(deltas, records)
+
+    def _emit_apart(self, deltas: Sequence[SequenceDelta], records: list[StepRecord]) -> None:
+        """Send what is too long for one frame in several; a request with a delta too long for any fails."""
+        self._emit(Stepped([], records))
+        failed: set[str] = set()
+        for delta in deltas:
+            if delta.request_id in failed:
+                continue
+            try:
+                self._emit(Stepped([delta], []))
+            except ProtocolError as error:
+                failed.add(delta.request_id)
+                self.engine.cancel(delta.request_id)
+                self._fail(delta.request_id, _too_long(delta, error))
 
     def _note(self, record: StepRecord) -> None:
         self._records.append(record)
@@ -149,3 +169,18 @@ class StepLoop:
             # A wrong book is worth a report, not the requests of everybody.
             self.num_problems += 1
             log.error("self-check problem %d: %s", self.num_problems, problem)
+
+
+def _too_long(delta: SequenceDelta, error: ProtocolError) -> TokenloomError:
+    """Why a delta cannot be sent, in terms of the request."""
+    if delta.prompt_logprobs is None:
+        return TokenloomError(f"the output cannot be sent: {error}")
+    count = len(delta.prompt_logprobs)
+    most = max((len(entry.top) for entry in delta.prompt_logprobs), default=0)
+    return InvalidParameter(
+        "prompt_logprobs",
+        most,
+        "fewer for a prompt of this length",
+        message=f"prompt_logprobs: got {most} for {count} prompt tokens, but the logprobs of a prompt must "
+        f"fit {MAX_FRAME_BYTES >> 20} MiB; ask for fewer, or give a shorter prompt",
+    )

@@ -43,6 +43,7 @@ class StreamingClient(ABC):
 
     def __init__(self) -> None:
         self.journal = Journal()
+        self.num_restarts = 0
         self._state: EngineState = "loading"
         self._card: ModelCard | None = None
         self._failure = ""

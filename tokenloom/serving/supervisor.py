@@ -28,6 +28,7 @@ from tokenloom.errors import EngineDead, TokenloomError
 from tokenloom.serving.engine_process import Start
 from tokenloom.serving.messages import (
     MAX_FRAME_BYTES,
+    Cancel,
     Command,
     Event,
     Fatal,
@@ -52,6 +53,9 @@ DRAIN_SECONDS: Final = 0.05
 KEPT_STDERR_LINES: Final = 12
 _MAX_SOCKET_PATH: Final = 100
 
+# -P: a queue.py in the current directory is not the standard library's.
+ENGINE_COMMAND: Final = (sys.executable, "-P", "-m", "tokenloom.serving.engine_process")
+
 
 class Death(NamedTuple):
     """Why an engine process ended, and whether to start another."""
@@ -70,11 +74,10 @@ class ProcessEngineClient(StreamingClient):
         self,
         config: Config,
         *,
-        command: Sequence[str] = (sys.executable, "-m", "tokenloom.serving.engine_process"),
+        command: Sequence[str] = ENGINE_COMMAND,
         on_loading: Callable[[Loading], None] | None = None,
     ) -> None:
         super().__init__()
-        self.num_restarts = 0
         self._config = config
         self._command = command
         self._on_loading = on_loading
@@ -113,9 +116,16 @@ class ProcessEngineClient(StreamingClient):
     def _send(self, command: Command) -> None:
         frame = encode(command)
         if self._socket is not None and not self._socket.closed:
-            self._socket.send(frame, zmq.NOBLOCK)
-            # The socket signals by edges, and sending may have taken one.
-            asyncio.get_running_loop().call_soon(self._receive)
+            try:
+                self._socket.send(frame, zmq.NOBLOCK)
+            except zmq.Again:
+                # The peer is gone and its death not noticed yet; nothing is left to cancel there.
+                if isinstance(command, Cancel):
+                    return
+                raise EngineDead("the engine process has just ended") from None
+            finally:
+                # The socket signals by edges, and sending may have taken one.
+                asyncio.get_running_loop().call_soon(self._receive)
 
     # --- the life of the process -------------------------------------------------------------------------
 

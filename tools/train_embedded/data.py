@@ -189,7 +189,9 @@ def build(
         "tokens": sum(len(ids) for ids, _ in main),
         "finish_documents": len(late),
         "finish_tokens": sum(len(ids) for ids, _ in late),
-        "rows": {name: len(Rows(folder, name).ids) for name in ("main", "finish", "long", "polish", "held_out")},
+        "rows": {
+            name: len(Rows(folder, name).ids) for name in ("main", "finish", "long", "polish", "held_out")
+        },
         "real_tokens": sum(len(e.ids) for e in tokenizer.encode_batch(real, add_special_tokens=False)),
         "sampled_tokens": sum(len(e.ids) for e in tokenizer.encode_batch(sampled, add_special_tokens=False)),
     }

@@ -201,8 +201,8 @@ def generation_config() -> dict[str, Any]:
         "eos_token_id": END,
         "pad_token_id": PAD,
         "do_sample": True,
-        "temperature": 0.6,
-        "top_p": 0.9,
+        "temperature": 0.8,
+        "top_p": 0.95,
     }
 
 
