@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tokenloom.errors import InvalidParameter
@@ -126,10 +126,6 @@ class SamplingParams:
     def has_penalties(self) -> bool:
         """Whether the sampler needs the tokens so far."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain builtins, for a wire."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 def _as_token_id(key: object) -> int:
