@@ -7,7 +7,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-PROJECT := pyproject.toml constraints.txt
+PROJECT := pyproject.toml constraints.txt $(shell find native -type f)
 
 .PHONY: help install serve test lint bench
 

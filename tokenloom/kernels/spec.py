@@ -13,7 +13,7 @@ What the order is made of, and why each machine can follow it:
   hardware with products at and below the underflow threshold). A multiplication and an addition, each with
   flushed denormals, differ from it only where a product is below 2^-126.
 * Sums without products (softmax denominators, squares) run in 16 lanes, element i in lane i mod 16, and the
-  lanes are then added in order 0 to 15.
+  lanes are then folded: i and i + 8, then i and i + 4, i + 2, i + 1.
 * Division and square root are IEEE. exp and log are the functions given here. No other contraction of a
   multiplication and an addition is allowed (-ffp-contract=off).
 """
@@ -35,7 +35,7 @@ VOCABULARY_TILE = 1024
 _SMALLEST_NORMAL = np.float32(2.0**-126)
 
 
-def fma(a: Float32, b: Float32, c: Float32) -> Float32:
+def fma(a: Float32 | np.float32, b: Float32 | np.float32, c: Float32 | np.float32) -> Float32:
     """fp32(a * b + c) with one rounding, elementwise.
 
     The product is exact in float64. The sum would be rounded twice, to float64 and then to fp32; rounding it
@@ -87,10 +87,11 @@ def lane_sum(values: Float32) -> np.float32:
     for start in range(0, len(values), LANES):
         part = values[start : start + LANES]
         lanes[: len(part)] += part
-    total = np.float32(0)
-    for lane in lanes:
-        total = np.float32(total + lane)
-    return total
+    width = LANES // 2
+    while width:
+        lanes = lanes[:width] + lanes[width : 2 * width]
+        width //= 2
+    return np.float32(lanes[0])
 
 
 _LOG2_E = np.float32(1.44269504088896341)
@@ -112,18 +113,19 @@ _EXP_MAX = np.float32(88.72283)
 
 
 def exp(x: Float32) -> Float32:
-    """e^x in fp32 within 2 units in the last place, after Cephes (Moshier 1992): n = floor(x log2(e) + 1/2),
-    r = (x - n * 0.693359375) + n * 2.1219444e-4, a polynomial in r, and 2^n in two exact factors. Below
-    -87.33654 (where the result leaves the normal numbers) it is 0, above 88.72283 infinity; NaN stays."""
+    """e^x in fp32 within 2 units in the last place, after Cephes (Moshier 1992): n = x log2(e) rounded to
+    even, r = x - n * 0.693359375 + n * 2.1219444e-4 in two fused steps, a polynomial in r in fused steps, and
+    2^n in two exact factors. Below -87.33654 (where the result leaves the normal numbers) it is 0, above
+    88.72283 infinity; NaN stays."""
     x = np.asarray(x, np.float32)
     inside = np.clip(x, _EXP_MIN, _EXP_MAX)
-    n = np.floor(inside * _LOG2_E + np.float32(0.5))
-    r = inside - n * _LN2_HIGH
-    r = r - n * _LN2_LOW
+    n = np.rint(inside * _LOG2_E)
+    r = fma(n, -_LN2_HIGH, inside)
+    r = fma(n, -_LN2_LOW, r)
     y = np.full_like(r, _EXP_TERMS[0])
     for term in _EXP_TERMS[1:]:
-        y = y * r + term
-    y = y * (r * r) + r + np.float32(1)
+        y = fma(y, r, term)
+    y = fma(y, r * r, r) + np.float32(1)
     whole = np.nan_to_num(n).astype(np.int32)
     half = whole >> 1
     y = y * _power_of_two(half) * _power_of_two(whole - half)

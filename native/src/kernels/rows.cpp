@@ -1,0 +1,74 @@
+// Norms and embedding rows; see rows.hpp.
+#include TL_SIMD
+
+#include "rows.hpp"
+#include "vector_math.hpp"
+
+namespace tokenloom {
+namespace TL_ISA {
+
+static void rms_norm(const RMSNormCall& call, int64_t begin, int64_t end) {
+    const int64_t width = call.width;
+    for (int64_t row = begin; row < end; ++row) {
+        float* x = call.source + row * call.source_stride;
+        const float* more = call.add ? call.add + row * call.add_stride : nullptr;
+        F squares = zero();
+        for (int64_t i = 0; i < width; i += kLanes) {
+            int n = width - i < kLanes ? static_cast<int>(width - i) : kLanes;
+            F v = load(x + i, n);
+            if (more) {
+                v = add(v, load(more + i, n));
+                store(x + i, v, n);
+            }
+            squares = add(squares, mul(v, v));
+        }
+        float mean = sum(squares) / static_cast<float>(width) + call.epsilon;
+        F scale = set(1.0f / __builtin_sqrtf(mean));
+        for (int64_t i = 0; i < width; i += kLanes) {
+            int n = width - i < kLanes ? static_cast<int>(width - i) : kLanes;
+            F y = mul(mul(load(x + i, n), scale), load(call.weight + i, n));
+            if (call.out_dtype == Dtype::bf16) {
+                store_bf16(static_cast<uint16_t*>(call.out) + row * call.out_stride + i, y, n);
+            } else {
+                store(static_cast<float*>(call.out) + row * call.out_stride + i, y, n);
+            }
+        }
+    }
+}
+
+static void widen(const void* source, TableDtype dtype, int64_t width, bool rounded, float* out) {
+    const uint16_t* narrow_source = static_cast<const uint16_t*>(source);
+    for (int64_t i = 0; i < width; i += kLanes) {
+        int n = width - i < kLanes ? static_cast<int>(width - i) : kLanes;
+        F v;
+        if (dtype == TableDtype::f32) {
+            v = load(static_cast<const float*>(source) + i, n);
+        } else if (dtype == TableDtype::bf16) {
+            v = load_bf16(narrow_source + i, n);
+        } else {
+            uint16_t part[kLanes] = {0};
+            for (int j = 0; j < n; ++j) part[j] = narrow_source[i + j];
+            v = load_f16(part);
+        }
+        if (rounded) v = as_float(iand(round_bf16(v), iset(static_cast<int32_t>(0xffff0000u))));
+        store(out + i, v, n);
+    }
+}
+
+static void narrow(const float* source, int64_t width, Dtype dtype, void* out) {
+    for (int64_t i = 0; i < width; i += kLanes) {
+        int n = width - i < kLanes ? static_cast<int>(width - i) : kLanes;
+        F v = load(source + i, n);
+        if (dtype == Dtype::bf16) {
+            store_bf16(static_cast<uint16_t*>(out) + i, v, n);
+        } else {
+            store(static_cast<float*>(out) + i, v, n);
+        }
+    }
+}
+
+extern const RowKernels row_kernels;
+const RowKernels row_kernels = {&rms_norm, &widen, &narrow};
+
+}  // namespace TL_ISA
+}  // namespace tokenloom

@@ -1,0 +1,50 @@
+// Functions on vectors of 16 lanes, as kernels/spec.py defines them. Included once per instruction set.
+#pragma once
+
+namespace tokenloom {
+namespace TL_ISA {
+
+// e^x (spec.exp): n = round(x log2 e), r = x - n ln 2 in two fused steps, Cephes' polynomial in fused steps,
+// two exact factors of 2^n. 0 below -87.33654, infinity above 88.72283; NaN stays.
+TL_INLINE F exp(F x) {
+    const F low = set(-87.33654f), high = set(88.72283f);
+    F inside = min(max(x, low), high);
+    F n = round_even(mul(inside, set(1.44269504088896341f)));
+    F r = fma(n, set(-0.693359375f), inside);
+    r = fma(n, set(2.12194440e-4f), r);
+    F y = set(1.9875691500e-4f);
+    y = fma(y, r, set(1.3981999507e-3f));
+    y = fma(y, r, set(8.3334519073e-3f));
+    y = fma(y, r, set(4.1665795894e-2f));
+    y = fma(y, r, set(1.6666665459e-1f));
+    y = fma(y, r, set(5.0000001201e-1f));
+    y = fma(y, mul(r, r), r);
+    y = add(y, set(1.0f));
+    I whole = to_int(n);
+    I half = sar<1>(whole);
+    I rest = isub(whole, half);
+    y = mul(y, as_float(shl<23>(iadd(half, iset(127)))));
+    y = mul(y, as_float(shl<23>(iadd(rest, iset(127)))));
+    y = select(lt(x, low), zero(), y);
+    y = select(gt(x, high), set(__builtin_inff()), y);
+    return select(eq(x, x), y, x);
+}
+
+// Bits of lanes rounded to bfloat16 in their upper halves (spec.bf16): nearest even by integer arithmetic.
+TL_INLINE I round_bf16(F x) {
+    I b = as_int(x);
+    I odd = iand(shr<16>(b), iset(1));
+    return iadd(b, iadd(odd, iset(0x7fff)));
+}
+
+TL_INLINE void store_bf16(uint16_t* p, F x) { store_high(p, round_bf16(x)); }
+TL_INLINE void store_bf16(uint16_t* p, F x, int n) { store_high(p, round_bf16(x), n); }
+
+// (gate / (1 + exp(-gate))) * up (spec.silu_mul).
+TL_INLINE F silu_mul(F gate, F up) {
+    F e = exp(sub(zero(), gate));
+    return mul(div(gate, add(set(1.0f), e)), up);
+}
+
+}  // namespace TL_ISA
+}  // namespace tokenloom
