@@ -40,7 +40,14 @@ class ModelOptions:
     model: str = knob("", "Directory of a Hugging Face checkpoint; empty for the embedded model.")
     served_model_name: str = knob("", "Name of the model in the API; empty for the directory's name.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
-        "auto", "Arithmetic: auto is float32 here (exact for bf16 and fp16 checkpoints)."
+        "auto",
+        "Arithmetic. auto: bfloat16 for bf16 checkpoints and quantised weights on the native kernels, else float32.",
+    )
+    weights: Literal["auto", "int8", "int4"] = knob(
+        "auto", "Format of the linears' weights: as in the checkpoint, or rounded to 8 or 4 bits at load."
+    )
+    weight_cache: str = knob(
+        "", "Directory that keeps packed weights, for a faster next start; empty for none."
     )
     max_context: int = knob(
         0, "Longest prompt plus output in tokens; 0 for what the model allows.", **_at_least(0)
@@ -53,6 +60,9 @@ class CacheOptions:
 
     num_pages: int = knob(0, "KV pages of 16 tokens; 0 fits them to the machine.", **_at_least(0))
     kv_memory_mb: int = knob(0, "Memory for KV pages in MiB; 0 fits it to the machine.", **_at_least(0))
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = knob(
+        "auto", "Format of K and V: that of the arithmetic, or another (int8 is lossy; native kernels only)."
+    )
     prefix_cache: bool = knob(True, "Share KV pages between requests with the same prefix.")
 
 
@@ -93,6 +103,12 @@ class RuntimeOptions:
     """How the engine runs."""
 
     threads: int = knob(0, "Compute threads; 0 for one per core.", **_at_least(0))
+    kernels: Literal["auto", "native", "reference"] = knob(
+        "auto", "What computes: the native kernels where they were built, else the numpy reference."
+    )
+    isa: Literal["auto", "avx512", "avx2", "neon", "portable"] = knob(
+        "auto", "Instruction set of the native kernels; the bits are the same on each."
+    )
     seed: int = knob(-1, "Seed for requests without one; -1 draws a fresh one for each.", **_at_least(-1))
     debug: bool = knob(False, "Check every invariant after each step (slow).")
 

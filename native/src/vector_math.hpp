@@ -46,5 +46,21 @@ TL_INLINE F silu_mul(F gate, F up) {
     return mul(div(gate, add(set(1.0f), e)), up);
 }
 
+// Hyperbolic tangent (spec.tanh): a polynomial below 0.625, 1 - 2 / (exp(2|x|) + 1) from there; NaN stays.
+TL_INLINE F tanh(F x) {
+    const I sign = iset(static_cast<int32_t>(0x80000000u));
+    F size = as_float(iand(as_int(x), iset(0x7fffffff)));
+    F z = mul(x, x);
+    F y = set(-5.70498872745e-3f);
+    y = fma(y, z, set(2.06390887954e-2f));
+    y = fma(y, z, set(-5.37397155531e-2f));
+    y = fma(y, z, set(1.33314422036e-1f));
+    y = fma(y, z, set(-3.33332819422e-1f));
+    F near = fma(mul(y, z), x, x);
+    F far = sub(set(1.0f), div(set(2.0f), add(exp(add(size, size)), set(1.0f))));
+    far = as_float(ior(as_int(far), iand(as_int(x), sign)));
+    return select(lt(size, set(0.625f)), near, far);
+}
+
 }  // namespace TL_ISA
 }  // namespace tokenloom

@@ -21,8 +21,9 @@ from tokenloom.models import hf_config
 from tokenloom.models.checkpoint import Checkpoint
 from tokenloom.models.config import ModelConfig
 from tokenloom.models.hf_config import parse_config
-from tokenloom.models.loading import check_weights, describe_model, load_model, load_weights
+from tokenloom.models.loading import describe_model, load_model, load_weights
 from tokenloom.models.registry import BUILDERS, build_program
+from tokenloom.models.weight_sources import check_weights
 
 Q, K, V = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkv")
 GATE, UP = "model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight"
@@ -213,7 +214,7 @@ def test_optional_and_transposed_weights(tmp_path: Path):
 
 
 def test_large_tensors_convert_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("tokenloom.models.loading._BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("tokenloom.quantization.weights.BLOCK_ELEMENTS", 100)
     config = TINY | {"tie_word_embeddings": True}
     tensors = llama_tensors(config)
     tensors[HEAD] = tensors[EMBEDDING]

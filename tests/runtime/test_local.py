@@ -22,6 +22,7 @@ from tests.kernels.harness import (
 )
 from tokenloom.engine.batch import Ticket, TokenBatch, Work
 from tokenloom.errors import InvalidParameter, UnsupportedFeature
+from tokenloom.kernels.reference.backend import ReferenceBackend
 from tokenloom.models.llama import build
 from tokenloom.runtime.local import LocalExecutor
 
@@ -120,7 +121,10 @@ def test_weights_must_have_the_shapes_of_the_program() -> None:
 
 
 def test_profile_writes_nothing(runner: LocalExecutor) -> None:
-    pool = runner._opened()[0]._pool
+    backend = runner.backend
+    assert isinstance(backend, ReferenceBackend)
+    assert backend._parts is not None
+    pool = backend._parts[0]._pool
     before = pool._bytes.copy()
     assert runner.profile(1, 0) > 0
     assert runner.profile(40, 500) > 0

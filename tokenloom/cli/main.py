@@ -114,6 +114,24 @@ def throughput(
 
 
 @app.command()
+@configured(("model", "runtime"), model_argument=True)
+def quantize(
+    *,
+    config: Config,
+    report: Annotated[bool, typer.Option("--report", help="Print what the weights' format costs.")] = False,
+    text: Annotated[
+        Path | None, typer.Option(help="File with a text to read, instead of the built-in stories.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Most tokens of the text to predict.")] = 1024,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare a model with itself after its weights were rounded (--weights int8 or int4)."""
+    from tokenloom.cli.quantize import run
+
+    run(config, report, text, tokens, as_json)
+
+
+@app.command()
 def doctor(as_json: JsonFlag = False) -> None:
     """Show what this machine offers and what the engine uses of it."""
     from tokenloom.cli.doctor import doctor as examine

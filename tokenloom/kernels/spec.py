@@ -9,8 +9,9 @@ What the order is made of, and why each machine can follow it:
 * fp32 sums of products are chains of fused multiply-adds, one accumulator per output, over K in order. AVX2
   with FMA, AVX-512 and NEON have the instruction; elsewhere C's fmaf is exact, if slow.
 * bf16 sums of products run over pairs, the odd element first, each a fused multiply-add whose denormal inputs
-  and results count as zero; the product itself is never flushed. This is what VDPBF16PS does (checked on
-  hardware with products at and below the underflow threshold). A multiplication and an addition, each with
+  and results count as zero; the product itself is never flushed. A result is denormal if it is below 2^-126
+  after rounding to 24 bits with an unbounded exponent, as SSE's flush to zero has it. This is what VDPBF16PS
+  does (checked on hardware with products and results around the underflow threshold). A multiplication and an addition, each with
   flushed denormals, differ from it only where a product is below 2^-126.
 * Sums without products (softmax denominators, squares) run in 16 lanes, element i in lane i mod 16, and the
   lanes are then folded: i and i + 8, then i and i + 4, i + 2, i + 1.
@@ -19,6 +20,8 @@ What the order is made of, and why each machine can follow it:
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +36,8 @@ LANES = 16
 VOCABULARY_TILE = 1024
 
 _SMALLEST_NORMAL = np.float32(2.0**-126)
+_LARGEST = np.finfo(np.float32).max
+_LARGEST_BF16 = np.float32(3.3895314e38)
 
 
 def fma(a: Float32 | np.float32, b: Float32 | np.float32, c: Float32 | np.float32) -> Float32:
@@ -61,6 +66,14 @@ def flush(values: Float32) -> Float32:
     return np.where(np.abs(values) < _SMALLEST_NORMAL, np.copysign(np.float32(0), values), values)
 
 
+def bf16(values: Float32) -> Float32:
+    """Rounded to bfloat16, nearest even, held in fp32 (infinities stay; there is no NaN)."""
+    bits = np.asarray(values, np.float32).view(np.uint32)
+    odd = bits >> np.uint32(16) & np.uint32(1)
+    rounded: Float32 = (bits + np.uint32(0x7FFF) + odd & np.uint32(0xFFFF0000)).view(np.float32)
+    return rounded
+
+
 def linear_fp32(source: Float32, weight: Float32) -> Float32:
     """One row: fp32 [K], [N, K] -> [N]."""
     total = np.zeros(len(weight), np.float32)
@@ -69,16 +82,77 @@ def linear_fp32(source: Float32, weight: Float32) -> Float32:
     return total
 
 
+def fma_flushed(a: Float32 | np.float32, b: Float32 | np.float32, c: Float32) -> Float32:
+    """fma of flushed numbers with a flushed result.
+
+    Rounding to a denormal takes everything from 2^-126 - 2^-150 up to 2^-126, rounding to 24 bits only what
+    lies at 2^-126 - 2^-151 or above; what lies between is zero. The comparison with that edge is exact: where
+    the result is that small, so is c, and the edge less c needs 51 bits.
+    """
+    result = fma(a, b, c)
+    sign = np.copysign(1.0, result).astype(np.float64)
+    product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
+    below = sign * product < (2.0**-126 - 2.0**-151) - sign * np.asarray(c, np.float64)
+    at_edge = np.abs(result) == _SMALLEST_NORMAL
+    return np.where(at_edge & below, np.copysign(np.float32(0), result), flush(result))
+
+
 def linear_bf16(source: Float32, weight: Float32) -> Float32:
     """One row of bf16 values held in fp32: [K], [N, K] -> fp32 [N]. An odd K ends with a pair whose odd
     element is zero."""
+    if len(source) % 2:
+        source, weight = np.append(source, np.float32(0)), np.pad(weight, ((0, 0), (0, 1)))
     total = np.zeros(len(weight), np.float32)
     source, weight = flush(source), flush(weight)
     for k in range(0, len(source), 2):
-        if k + 1 < len(source):
-            total = flush(fma(source[k + 1], weight[:, k + 1], total))
-        total = flush(fma(source[k], weight[:, k], total))
+        total = fma_flushed(source[k + 1], weight[:, k + 1], total)
+        total = fma_flushed(source[k], weight[:, k], total)
     return total
+
+
+def quantize_row(source: Float32) -> tuple[NDArray[np.int8], np.float32]:
+    """fp32 [K] -> int8 [K] in [-127, 127], scale: q = x / scale rounded to even, scale = max |x| / 127 (1
+    where that is 0), both fp32 divisions. A row that is not finite is garbage, but the same everywhere: NaN
+    does not count in the maximum and becomes -127, and an infinite scale makes 0 of finite numbers and -127
+    of infinite ones."""
+    scale = np.fmax.reduce(np.abs(source), initial=np.float32(0)) / np.float32(127)
+    scale = np.float32(1) if scale == 0 else np.float32(scale)
+    with np.errstate(invalid="ignore"):
+        scaled = np.rint(source / scale)
+    scaled = np.where(scaled > -127, np.minimum(scaled, np.float32(127)), np.float32(-127))
+    return scaled.astype(np.int8), scale
+
+
+def linear_int8(
+    source: NDArray[np.int8], source_scale: np.float32, weight: NDArray[np.int8], scales: Float32
+) -> Float32:
+    """One quantised row: [K], scalar, [N, K], fp32 [N] -> fp32 [N]: (float(sum of q * w) * scale of the
+    column) * scale of the row; the sum is exact."""
+    exact = weight.astype(np.int32) @ source.astype(np.int32)
+    total: Float32 = exact.astype(np.float32) * scales * source_scale
+    return total
+
+
+def linear_int4(
+    source: NDArray[np.int8],
+    source_scale: np.float32,
+    weight: NDArray[np.uint8],
+    scales: NDArray[np.float16],
+    zeros: NDArray[np.uint8],
+    group: int,
+) -> Float32:
+    """One quantised row: [K], scalar, [N, K] in 0..15, [N, groups] twice -> fp32 [N].
+
+    Per group of `group` weights the sum of q * (w - zero) is exact; the fp32 total is a chain of
+    fma(float(sum), float(scale), total) over the groups in order, and is multiplied by the scale of the row.
+    """
+    total = np.zeros(len(weight), np.float32)
+    for index, start in enumerate(range(0, len(source), group)):
+        part = slice(start, start + group)
+        centred = weight[:, part].astype(np.int32) - zeros[:, index, None].astype(np.int32)
+        exact = centred @ source[part].astype(np.int32)
+        total = fma(exact.astype(np.float32), scales[:, index].astype(np.float32), total)
+    return total * source_scale
 
 
 def lane_sum(values: Float32) -> np.float32:
@@ -139,6 +213,29 @@ def _power_of_two(n: NDArray[np.int32]) -> Float32:
     return factor
 
 
+_TANH_TERMS = tuple(
+    np.float32(c)
+    for c in (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
+)
+_TANH_SMALL = np.float32(0.625)
+
+
+def tanh(x: Float32) -> Float32:
+    """Hyperbolic tangent in fp32, after Cephes: below 0.625 in size x + x * (z * polynomial(z)) of z = x * x in
+    fused steps, from there 1 - 2 / (exp(2|x|) + 1) with the sign of x; NaN stays."""
+    x = np.asarray(x, np.float32)
+    size = np.abs(x)
+    z = x * x
+    y = np.full_like(x, _TANH_TERMS[0])
+    for term in _TANH_TERMS[1:]:
+        y = fma(y, z, term)
+    near = fma(y * z, x, x)
+    one, two = np.float32(1), np.float32(2)
+    far = one - two / (exp(size + size) + one)
+    result: Float32 = np.where(size < _TANH_SMALL, near, np.copysign(far, x))
+    return result
+
+
 def log_fp32(x: Float32 | np.float32) -> Float32:
     """Natural logarithm of positive numbers: the float64 one of `noise`, rounded to fp32."""
     result: Float32 = log(np.asarray(x).astype(np.float64)).astype(np.float32)
@@ -170,26 +267,104 @@ def attention(query: Float32, keys: Float32, values: Float32, scale: float, firs
     """One query head over the keys of its path: [d], [n, d], [n, d] -> [d], all fp32 (as stored).
 
     Keys before `first` (outside a window) are not seen; splits keep their places. Lanes of scores and of the
-    sum are keys; lanes of the result are head dimensions, each one chain over the keys of the split.
+    sum are keys; lanes of the result are head dimensions, each one chain over the keys of the split. A key
+    that is not seen counts as a share of zero; adding zero at the end makes -0 into +0, whatever that key
+    held.
     """
     scaled = query * np.float32(scale)
+
+    def scores(start: int, end: int) -> Float32:
+        return linear_fp32(scaled, keys[start:end])
+
+    def products(shares: Float32, start: int, end: int) -> Float32:
+        return linear_fp32(shares, values[start:end].T)
+
+    return _attend(scores, products, len(keys), first)
+
+
+def attention_bf16(query: Float32, keys: Float32, values: Float32, scale: float, first: int = 0) -> Float32:
+    """As `attention`, for keys and values that are bf16 (held in fp32).
+
+    The scaled query is rounded to bf16, and so are shares, denormals as zero, where they multiply values; the
+    sum of shares is of those that were not rounded. Pairs are neighbouring dimensions and neighbouring keys.
+    """
+    scaled = bf16(query * np.float32(scale))
+
+    def scores(start: int, end: int) -> Float32:
+        return linear_bf16(scaled, keys[start:end])
+
+    def products(shares: Float32, start: int, end: int) -> Float32:
+        return linear_bf16(bf16(flush(shares)), values[start:end].T)
+
+    return _attend(scores, products, len(keys), first)
+
+
+def attention_int8(
+    query: Float32,
+    keys: tuple[Float32, Float32],
+    values: tuple[Float32, Float32],
+    scale: float,
+    first: int = 0,
+) -> Float32:
+    """As `attention_bf16`, for (int8 values [n, d] held in fp32, fp32 scales [n]) of `stored_int8`.
+
+    Scores are multiplied by the scale of their key, and shares by the scale of their value before they are
+    rounded.
+    """
+    scaled = bf16(query * np.float32(scale))
+
+    def scores(start: int, end: int) -> Float32:
+        return linear_bf16(scaled, keys[0][start:end]) * keys[1][start:end]
+
+    def products(shares: Float32, start: int, end: int) -> Float32:
+        return linear_bf16(bf16(flush(shares * values[1][start:end])), values[0][start:end].T)
+
+    return _attend(scores, products, len(keys[0]), first)
+
+
+def _attend(
+    scores_of: Callable[[int, int], Float32],
+    products_of: Callable[[Float32, int, int], Float32],
+    num_keys: int,
+    first: int,
+) -> Float32:
     best, total = np.float32(-np.inf), np.float32(0)
-    weighted = np.zeros(len(query), np.float32)
-    for start in range(first // SPLIT * SPLIT, len(keys), SPLIT):
-        end = min(start + SPLIT, len(keys))
-        scores = linear_fp32(scaled, keys[start:end])
+    weighted: Float32 | np.float32 = np.float32(0)
+    for start in range(first // SPLIT * SPLIT, num_keys, SPLIT):
+        end = min(start + SPLIT, num_keys)
+        scores = scores_of(start, end)
         scores[: max(first - start, 0)] = -np.inf
         highest = scores.max()
         shares = exp(scores - highest)
-        products = np.zeros(len(query), np.float32)
-        for share, value in zip(shares, values[start:end], strict=True):
-            products = fma(share, value, products)
         merged = max(best, highest)
         keep, take = exp(best - merged), exp(highest - merged)
         total = np.float32(total * keep + lane_sum(shares) * take)
-        weighted = weighted * keep + products * take
+        weighted = weighted * keep + products_of(shares, start, end) * take
         best = merged
-    return weighted / total
+    result: Float32 = np.asarray(weighted / total + np.float32(0))
+    return result
+
+
+def stored_fp32(values: Float32) -> Float32:
+    """What an fp32 KV pool keeps: NaN as 0, infinities as the largest number."""
+    return np.where(np.isnan(values), np.float32(0), np.clip(values, -_LARGEST, _LARGEST))
+
+
+def stored_bf16(values: Float32) -> Float32:
+    """What a bf16 KV pool keeps (held in fp32): nearest even; NaN as 0, and what is too large as the largest
+    number."""
+    return bf16(np.clip(stored_fp32(values), -_LARGEST_BF16, _LARGEST_BF16))
+
+
+def stored_int8(values: Float32) -> tuple[Float32, np.float32]:
+    """What an int8 KV pool keeps of one head of one token: (values in [-127, 127] held in fp32, scale).
+
+    scale = max|x| / 127, 1 if that is zero; value = x / scale rounded to even and clipped.
+    """
+    finite = stored_fp32(values)
+    scale = np.float32(np.abs(finite).max() / np.float32(127)) or np.float32(1)
+    rounded = np.clip(np.rint(finite / scale), np.float32(-127), np.float32(127))
+    return rounded + np.float32(0), scale  # integers have no -0
 
 
 def log_sum_exp(logits: Float32) -> tuple[np.float32, np.float32]:
@@ -209,6 +384,8 @@ def log_sum_exp(logits: Float32) -> tuple[np.float32, np.float32]:
 
 
 def logprob(logits: Float32, token: int) -> np.float32:
-    """(logit - max) - log(sum of exp(logit - max))."""
+    """(logit - max) - log(sum of exp(logit - max)); 0 if all logits are -inf."""
     best, log_total = log_sum_exp(logits)
+    if best == -np.inf:
+        return np.float32(0)
     return np.float32(np.float32(logits[token] - best) - log_total)

@@ -31,6 +31,8 @@ from tokenloom.models.safetensors_header import (
     parse_entries,
     parse_header,
 )
+from tokenloom.quantization.config import parse_quantization
+from tokenloom.quantization.weights import Int4Matrix
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -44,11 +46,18 @@ SAMPLE_BYTES = 64 << 10
 _NUM_SAMPLES = 4
 _MAX_SHARDS = 4096
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_DTYPES: Mapping[str, tuple[Literal["float32", "bfloat16", "float16"], np.dtype[Any]]] = {
-    "F32": ("float32", np.dtype(np.float32)),
-    "BF16": ("bfloat16", np.dtype(ml_dtypes.bfloat16)),
-    "F16": ("float16", np.dtype(np.float16)),
+_FLOATS: Mapping[str, Literal["float32", "bfloat16", "float16"]] = {
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
 }
+_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "I32": np.dtype(np.int32),
+}
+_WEIGHT = ".weight"
 
 
 class SafetensorsFile:
@@ -72,7 +81,7 @@ class SafetensorsFile:
     def read(self, name: str) -> NDArray[Any]:
         """A read-only view of tensor `name`; valid while the view is held, also after `close`."""
         entry = self.entries[name]
-        dtype = _DTYPES[entry.dtype][1]
+        dtype = _DTYPES[entry.dtype]
         count = (entry.end - entry.begin) // dtype.itemsize
         return np.frombuffer(self._map, dtype, count, entry.begin).reshape(entry.shape)
 
@@ -93,7 +102,9 @@ class SafetensorsFile:
 class Checkpoint:
     """The tensors of a directory, by name, over one file or many. Use `Checkpoint.open`; a context manager.
 
-    `config` is the parsed config.json (an empty dict without one).
+    `config` is the parsed config.json (an empty dict without one), `quantization` what it says about linears
+    that are stored in 4 bits. A *source* is a tensor as the program names it: one tensor of the files, or, where
+    a linear X is quantised, "X.weight" for its parts X.qweight, X.qzeros and so on.
     """
 
     def __init__(
@@ -101,6 +112,7 @@ class Checkpoint:
     ) -> None:
         self.directory = directory
         self.config = config
+        self.quantization = parse_quantization(config, CONFIG_FILE)
         self._owners = owners
 
     @classmethod
@@ -133,8 +145,8 @@ class Checkpoint:
         return self._entry(name).shape
 
     def dtype(self, name: str) -> str:
-        """float32, bfloat16 or float16. Raises `ModelError` if there is no such tensor."""
-        return _DTYPES[self._entry(name).dtype][0]
+        """float32, bfloat16, float16 or int32. Raises `ModelError` if there is no such tensor."""
+        return _DTYPES[self._entry(name).dtype].name
 
     def tensor_bytes(self, name: str) -> int:
         """Bytes of a tensor as stored. Raises `ModelError` if there is no such tensor."""
@@ -148,11 +160,12 @@ class Checkpoint:
 
     @property
     def main_dtype(self) -> Literal["float32", "bfloat16", "float16"]:
-        """The type that most bytes are stored in (norms are often wider than the rest)."""
-        totals = dict.fromkeys(_DTYPES, 0)
+        """The float type that most bytes are stored in (norms are often wider than the rest)."""
+        totals = dict.fromkeys(_FLOATS, 0)
         for entry in map(self._entry, self._owners):
-            totals[entry.dtype] += entry.end - entry.begin
-        return _DTYPES[max(totals, key=lambda name: totals[name])][0]
+            if entry.dtype in totals:
+                totals[entry.dtype] += entry.end - entry.begin
+        return _FLOATS[max(totals, key=lambda name: totals[name])]
 
     def tensor(self, name: str) -> NDArray[Any]:
         """A read-only view of the mapped tensor, bf16 as `ml_dtypes.bfloat16`. Raises `ModelError`."""
@@ -162,6 +175,54 @@ class Checkpoint:
     def release(self, name: str) -> None:
         """Give the pages of a tensor back to the system once it has been converted."""
         self._owners[name].release(name)
+
+    def source_tensors(self, source: str) -> tuple[str, ...]:
+        """The tensors of the files that `source` is made of; none if it is not there.
+
+        A linear counts as quantised as soon as its qweight is there; the other parts may be missing.
+        """
+        module = source.removesuffix(_WEIGHT)
+        if self.quantization is not None and module != source and f"{module}.qweight" in self:
+            names = [f"{module}.{part}" for part in self.quantization.parts]
+            optional = [f"{module}.{part}" for part in self.quantization.optional_parts]
+            return (*names, *(name for name in optional if name in self))
+        return (source,) if source in self else ()
+
+    def is_quantized(self, source: str) -> bool:
+        """Whether `source` is a linear stored in 4 bits."""
+        return self.source_tensors(source) not in ((), (source,))
+
+    def source_shape(self, source: str) -> tuple[int, ...]:
+        """Shape of a source, [N, K] for a quantised linear, without reading it.
+
+        Raises `ModelError` if it is not there, or if the shapes of its parts do not fit each other.
+        """
+        if self.quantization is None or not self.is_quantized(source):
+            return self.shape(source)
+        return self.quantization.shape(
+            source.removesuffix(_WEIGHT),
+            {_part(name): self.shape(name) for name in self.source_tensors(source)},
+        )
+
+    def source_bytes(self, source: str) -> int:
+        """Bytes of a source as stored; 0 if it is not there."""
+        return sum(map(self.tensor_bytes, self.source_tensors(source)))
+
+    def source(self, source: str) -> NDArray[Any] | Int4Matrix:
+        """A read-only view of a plain source, or the unpacked matrix of a quantised linear.
+
+        Raises `ModelError`, naming the tensor, for parts that are missing, of a wrong type or shape, or
+        whose scales are not finite.
+        """
+        if self.quantization is None or not self.is_quantized(source):
+            return self.tensor(source)
+        parts = {_part(name): self.tensor(name) for name in self.source_tensors(source)}
+        return self.quantization.unpack(source.removesuffix(_WEIGHT), parts)
+
+    def release_source(self, source: str) -> None:
+        """Give the pages of a source back to the system once it has been converted."""
+        for name in self.source_tensors(source):
+            self.release(name)
 
     def close(self) -> None:
         """Unmap the files (those with living views stay mapped until the views go)."""
@@ -203,6 +264,10 @@ class Checkpoint:
                 f"no tensor {shorten(name)} in {self.directory}", "the tensors listed in its files"
             )
         return self._owners[name].entries[name]
+
+
+def _part(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _samples(tensor: NDArray[Any], is_full: bool) -> Iterator[NDArray[np.uint8]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tokenloom.quantization.config import WeightQuantization
+
 RopeKind = Literal["default", "linear", "llama3", "yarn", "dynamic", "longrope"]
 
 
@@ -41,7 +43,7 @@ class ModelConfig:
 
     `max_context` is the number of tokens that the model can be served with (after RoPE scaling rules).
     `eos_token_ids` come from generation_config.json where present, else from config.json. `dtype` is that of
-    the checkpoint.
+    the checkpoint. `quantization` says how its linears are stored if they are quantised.
     """
 
     family: str
@@ -61,6 +63,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: WeightQuantization | None = None
 
     @property
     def q_size(self) -> int:

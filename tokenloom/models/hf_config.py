@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 from tokenloom.errors import ModelError
 from tokenloom.models.config import ModelConfig, RopeConfig, RopeKind
 from tokenloom.models.json_fields import Fields, is_number, read_json, shorten
+from tokenloom.quantization.config import parse_quantization
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -128,6 +129,7 @@ def parse_config(data: Mapping[str, Any]) -> ModelConfig:
         bos_token_id=bos[0],
         eos_token_ids=written.token_ids("eos_token_id", vocab_size) or (),
         dtype=_dtype(written),
+        quantization=parse_quantization(data, CONFIG_FILE),
     )
 
 
@@ -160,13 +162,6 @@ def _family(data: Mapping[str, Any]) -> str:
 
 def _refuse_unsupported(written: Fields) -> None:
     data = written.data
-    quantization = data.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ModelError(
-            f"{CONFIG_FILE}: quantization_config (quant_method {shorten(method)})",
-            "weights in " + ", ".join(_DTYPES),
-        )
     if data.get("hidden_act", "silu") != "silu":
         written.refuse("hidden_act", "'silu'")
     # pretraining_tp is left alone: it split one product into several for training and means the same sum.

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from tokenloom.engine.batch import PAGE_SIZE
 from tokenloom.errors import InvalidParameter, OutOfMemory
-from tokenloom.kernels.program import Linear, Program
+from tokenloom.kernels.backend import kv_page_bytes
+from tokenloom.kernels.program import Embed, Linear, Program
 from tokenloom.models.config import ModelConfig
 from tokenloom.models.machine_memory import MachineMemory, read_machine_memory
 from tokenloom.models.rope import table_bytes
@@ -89,10 +90,12 @@ class MemoryPlan:
         kv_memory_bytes: int = 0,
         dtype: str = "auto",
         kv_dtype: str = "float32",
+        weights: str = "auto",
+        kernels: str = "reference",
         machine: MachineMemory | None = None,
     ) -> MemoryPlan:
-        """Choose the number of KV pages; `config.max_context` is the longest sequence. `dtype` as in
-        `load_model`; K and V are stored in `kv_dtype`, "float32" or "bfloat16".
+        """Choose the number of KV pages; `config.max_context` is the longest sequence. `dtype` and
+        `weights` as in `load_model`; K and V are stored in `kv_dtype`, in the layouts of `kernels`.
 
         `num_pages` or `kv_memory_bytes`, where not 0, are honoured as they are. Else the pool is what
         `max_running` sequences of full length need, but at most half of what is left and `DEFAULT_KV_BYTES`,
@@ -101,16 +104,19 @@ class MemoryPlan:
         is too small for a frame.
         """
         machine = machine or read_machine_memory()
-        page_bytes = program.kv.page_elements(PAGE_SIZE) * (4 if kv_dtype == "float32" else 2)
+        page_bytes = kv_page_bytes(program.kv, kv_dtype, kernels, PAGE_SIZE)
         frame_bytes = max(FRAME_BYTES, page_bytes)
         pages_per_frame = frame_bytes // page_bytes
         if num_pages and kv_memory_bytes:
             raise InvalidParameter("kv_memory_mb", kv_memory_bytes >> 20, "left out where num_pages is given")
-        weights = weight_bytes(config, program, dtype)
+        if kernels == "native":
+            weight_size = packed_weight_bytes(config, program, dtype, weights)
+        else:
+            weight_size = weight_bytes(config, program, dtype, weights)
         rope = table_bytes(config, config.max_context)
         workspace = workspace_bytes(config, program, max_batch_tokens)
         headroom = max(_MIN_HEADROOM, int(machine.available * _HEADROOM_SHARE))
-        left = machine.available - headroom - weights - rope - workspace
+        left = machine.available - headroom - weight_size - rope - workspace
         if kv_memory_bytes:
             num_pages = kv_memory_bytes // frame_bytes * pages_per_frame
             if num_pages == 0:
@@ -119,7 +125,7 @@ class MemoryPlan:
         elif not num_pages:
             num_pages = _choose_pages(config, max_running, left, page_bytes, frame_bytes)
         plan = cls(
-            weight_bytes=weights,
+            weight_bytes=weight_size,
             rope_bytes=rope,
             workspace_bytes=workspace,
             page_bytes=page_bytes,
@@ -178,16 +184,50 @@ class MemoryPlan:
         return "\n".join(f"{name:<10}{show_bytes(size):>10}  {note}" for name, size, note in rows)
 
 
-def weight_bytes(config: ModelConfig, program: Program, dtype: str = "auto") -> int:
+def weight_bytes(config: ModelConfig, program: Program, dtype: str = "auto", weights: str = "auto") -> int:
     """Bytes of the weights: all as loaded for arithmetic in `dtype`, and those that are multiplied once more,
-    as the reference backend packs them in float32.
+    as the reference backend packs them in float32. Weights in 8 or 4 bits are loaded as float32.
     """
     narrow = dtype in ("bfloat16", "float16") or config.dtype != "float32"
     multiplied = {op.weight for op in program.ops if isinstance(op, Linear)} | {program.head.weight}
+    wide = multiplied if config.quantization is not None else set()
+    if weights != "auto":
+        wide = multiplied | {op.weight for op in program.ops if isinstance(op, Embed)}
     return sum(
-        math.prod(weight.shape) * ((2 if narrow else 4) + (4 if weight.name in multiplied else 0))
+        math.prod(weight.shape)
+        * ((2 if narrow and weight.name not in wide else 4) + (4 if weight.name in multiplied else 0))
         for weight in program.weights
     )
+
+
+def packed_weight_bytes(config: ModelConfig, program: Program, dtype: str, weights: str = "auto") -> int:
+    """Bytes of the weights as the native backend holds them: linears, head and a tied embedding packed once,
+    an embedding of its own as stored."""
+    roles = {op.weight: weights for op in program.ops if isinstance(op, Linear)}
+    head = {program.head.weight: "int8" if weights != "auto" else "auto"}
+    total = 0
+    for spec in program.weights:
+        if spec.name in head or spec.name in roles:
+            chosen = head.get(spec.name) or roles[spec.name]
+            quantized = config.quantization is not None and spec.name not in head
+            total += packed_bytes(spec.shape, dtype if chosen == "auto" else chosen, quantized=quantized)
+        elif len(spec.shape) == 2:
+            total += math.prod(spec.shape) * (2 if config.dtype != "float32" else 4)
+        else:
+            total += math.prod(spec.shape) * 4
+    return total
+
+
+def packed_bytes(shape: tuple[int, ...], dtype: str, *, quantized: bool) -> int:
+    """Bytes of a packed [out, in] weight: columns in panels of 32, depth in pairs, quads or groups of 64."""
+    columns = -(-shape[0] // 32) * 32
+    if quantized or dtype == "int4":
+        # Nibbles, and per group of 32 (the smallest) a scale and a zero point.
+        depth = -(-shape[1] // 64) * 64
+        return columns * (depth // 2 + depth // (32 if quantized else 64) * 3)
+    if dtype == "int8":
+        return columns * (-(-shape[1] // 4) * 4 + 4)
+    return columns * (-(-shape[1] // 2) * 2) * (2 if dtype == "bfloat16" else 4)
 
 
 def pages_of(num_tokens: int) -> int:

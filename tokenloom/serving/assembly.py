@@ -5,16 +5,23 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
-from typing import Final
+from typing import Any, Final
 
 from tokenloom.config import Config
 from tokenloom.engine.engine import Engine, EngineLimits
 from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
 from tokenloom.engine.policies.queue_order import QueueOrder
 from tokenloom.engine.policies.token_budget import choose_budget
-from tokenloom.models.loading import LoadedModel, describe_model, load_model
+from tokenloom.errors import UnsupportedFeature
+from tokenloom.kernels.backend import Kernels, choose_kernels
+from tokenloom.kernels.native.extension import missing, thread_pool
+from tokenloom.kernels.native.weight_cache import WeightCache
+from tokenloom.kernels.native.weights import WeightPacker
+from tokenloom.models.loading import LoadedModel, ModelDescription, describe_model, load_model, resolve_dtype
 from tokenloom.models.memory_plan import MemoryPlan
+from tokenloom.models.weight_sources import roundings
 from tokenloom.runtime.local import LocalExecutor
 from tokenloom.serving.client import ModelCard
 from tokenloom.serving.load_listener import LoadListener
@@ -53,9 +60,8 @@ def build_engine(config: Config, listener: LoadListener) -> EngineParts:
     scheduler = config.scheduler
     budget = ChunkedPrefill(scheduler.max_batch_tokens, scheduler.max_chunk_tokens)
     max_running = min(scheduler.max_running, budget.max_running)
-    described = describe_model(directory, max_context=config.model.max_context)
-    # K and V are rounded like the other activations: not at all unless the arithmetic is bfloat16.
-    kv_dtype = "bfloat16" if config.model.dtype == "bfloat16" else "float32"
+    described = describe_model(directory, max_context=config.model.max_context, weights=config.model.weights)
+    formats = _formats(config, described)
     plan = MemoryPlan.fit(
         described.config,
         described.program,
@@ -63,13 +69,15 @@ def build_engine(config: Config, listener: LoadListener) -> EngineParts:
         max_running=max_running,
         num_pages=config.cache.num_pages,
         kv_memory_bytes=config.cache.kv_memory_mb << 20,
-        dtype=config.model.dtype,
-        kv_dtype=kv_dtype,
+        dtype=formats.dtype,
+        kv_dtype=formats.kv_dtype,
+        weights=config.model.weights,
+        kernels=formats.kernels,
     )
     listener.plan(plan.render())
-    model = load_model(
-        directory, dtype=config.model.dtype, max_context=config.model.max_context, progress=listener.advance
-    )
+    threads = num_threads(config.runtime.threads)
+    pool = thread_pool(threads) if formats.kernels == "native" else None
+    model = _load(config, directory, described, formats, pool, listener)
     executor = LocalExecutor(
         model.program,
         model.weights,
@@ -78,9 +86,14 @@ def build_engine(config: Config, listener: LoadListener) -> EngineParts:
         frame_bytes=plan.frame_bytes,
         pages_per_frame=plan.pages_per_frame,
         dtype=model.dtype,
-        kv_dtype=kv_dtype,
-        num_threads=num_threads(config.runtime.threads),
+        kv_dtype=formats.kv_dtype,
+        num_threads=threads,
+        kernels=formats.kernels,
+        isa="" if config.runtime.isa == "auto" else config.runtime.isa,
+        pool=pool,
     )
+    # The executor holds what it needs; what it packed for itself need not be kept twice.
+    model.weights.clear()
     limits = _limits(config, model, plan, executor, max_running)
     if scheduler.target_itl_ms > 0:
         budget = _measured_budget(
@@ -97,6 +110,62 @@ def build_engine(config: Config, listener: LoadListener) -> EngineParts:
     return EngineParts(engine=engine, tokenizer=tokenizer, card=card, seeds=SeedSource(config.runtime.seed))
 
 
+@dataclass(frozen=True, slots=True)
+class _Formats:
+    """Which kernels compute, in which arithmetic, and how K and V are held."""
+
+    kernels: Kernels
+    dtype: str
+    kv_dtype: str
+
+
+def _formats(config: Config, described: ModelDescription) -> _Formats:
+    kernels = choose_kernels(config.runtime.kernels)
+    if kernels == "native" and config.runtime.kernels == "auto" and config.model.dtype == "float16":
+        # Asked for by name, and the reference has it.
+        kernels = "reference"
+    quantized = config.model.weights != "auto" or described.config.quantization is not None
+    narrow = kernels == "native" and (quantized or described.config.dtype == "bfloat16")
+    dtype = resolve_dtype(config.model.dtype, narrow=narrow)
+    kv_dtype: str = config.cache.kv_dtype
+    if kv_dtype == "auto":
+        # K and V are rounded like the other activations.
+        kv_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
+    if kv_dtype == "int8" and kernels != "native":
+        raise UnsupportedFeature("kv_dtype int8", "only the native kernels have it")
+    if kernels == "reference" and config.runtime.kernels == "auto":
+        log.warning(
+            "computing on the numpy reference: %s", missing() or f"the native kernels have no {dtype}"
+        )
+    return _Formats(kernels, dtype, kv_dtype)
+
+
+def _load(
+    config: Config,
+    directory: Path,
+    described: ModelDescription,
+    formats: _Formats,
+    pool: Any,
+    listener: LoadListener,
+) -> LoadedModel:
+    packer = cache = None
+    if formats.kernels == "native":
+        rounded = roundings(described.program, config.model.weights)
+        packer = WeightPacker(described.program, formats.dtype, pool, rounded)
+        cache = WeightCache(config.model.weight_cache, pool) if config.model.weight_cache else None
+    elif config.model.weight_cache:
+        raise UnsupportedFeature("weight_cache", "only the native kernels have packed weights to keep")
+    return load_model(
+        directory,
+        dtype=formats.dtype,
+        weights=config.model.weights,
+        max_context=config.model.max_context,
+        progress=listener.advance,
+        packer=packer,
+        cache=cache,
+    )
+
+
 def _limits(
     config: Config, model: LoadedModel, plan: MemoryPlan, executor: LocalExecutor, max_running: int
 ) -> EngineLimits:
@@ -108,7 +177,7 @@ def _limits(
         max_running=max_running,
         max_waiting=config.scheduler.max_waiting,
         eos_token_ids=model.config.eos_token_ids,
-        identity=(model.content_id, executor.numerics_id),
+        identity=(model.identity, executor.numerics_id),
         prefix_cache=config.cache.prefix_cache,
         debug=config.runtime.debug,
     )
@@ -132,6 +201,8 @@ def _measured_budget(
 
 
 def _card(config: Config, model: LoadedModel, executor: LocalExecutor, engine: Engine) -> ModelCard:
+    # Who compares fingerprints wants to know about rounded weights too.
+    rounded = "" if model.weight_format == "auto" else f"-{model.weight_format}"
     return ModelCard(
         name=model_name(config.model.model, config.model.served_model_name),
         created=int(time.time()),
@@ -139,6 +210,6 @@ def _card(config: Config, model: LoadedModel, executor: LocalExecutor, engine: E
         vocab_size=model.config.vocab_size,
         max_running=engine.max_running,
         max_requests=engine.max_running + config.scheduler.max_waiting,
-        numerics_id=executor.numerics_id,
+        numerics_id=executor.numerics_id + rounded,
         default_sampling=model.generation.as_sampling(),
     )

@@ -83,6 +83,31 @@ TL_INLINE I to_int(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.
 TL_INLINE I as_int(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 TL_INLINE F as_float(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 
+struct Wide { I low, high; };
+TL_INLINE void mul_half(__m256i a, __m256i factor, __m256i& low, __m256i& high) {
+    __m256i even = _mm256_mul_epu32(a, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), factor);
+    low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+    high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+}
+TL_INLINE Wide mul_wide(I x, uint32_t y) {
+    Wide r;
+    mul_half(x.a, _mm256_set1_epi64x(y), r.low.a, r.high.a);
+    mul_half(x.b, _mm256_set1_epi64x(y), r.low.b, r.high.b);
+    return r;
+}
+TL_INLINE void transpose_half(__m256i& a, __m256i& b, __m256i& c, __m256i& d) {
+    __m256i ab = _mm256_unpacklo_epi32(a, b), ab2 = _mm256_unpackhi_epi32(a, b);
+    __m256i cd = _mm256_unpacklo_epi32(c, d), cd2 = _mm256_unpackhi_epi32(c, d);
+    a = _mm256_unpacklo_epi64(ab, cd);
+    b = _mm256_unpackhi_epi64(ab, cd);
+    c = _mm256_unpacklo_epi64(ab2, cd2);
+    d = _mm256_unpackhi_epi64(ab2, cd2);
+}
+TL_INLINE void transpose4(I& x, I& y, I& z, I& w) {
+    transpose_half(x.a, y.a, z.a, w.a);
+    transpose_half(x.b, y.b, z.b, w.b);
+}
+
 TL_INLINE I load_u8(const uint8_t* p) {
     __m128i v = _mm_loadu_si128((const __m128i*)p);
     return {_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8))};

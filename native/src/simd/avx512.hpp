@@ -64,6 +64,24 @@ TL_INLINE I to_int(F a) { return {_mm512_cvtps_epi32(a.v)}; }        // nearest 
 TL_INLINE I as_int(F a) { return {_mm512_castps_si512(a.v)}; }
 TL_INLINE F as_float(I a) { return {_mm512_castsi512_ps(a.v)}; }
 
+// The halves of unsigned 64-bit products.
+struct Wide { I low, high; };
+TL_INLINE Wide mul_wide(I a, uint32_t b) {
+    __m512i factor = _mm512_set1_epi64(b);
+    __m512i even = _mm512_mul_epu32(a.v, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), factor);
+    return {{_mm512_mask_shuffle_epi32(even, 0xaaaa, odd, (_MM_PERM_ENUM)0xa0)},
+            {_mm512_mask_shuffle_epi32(odd, 0x5555, even, (_MM_PERM_ENUM)0xf5)}};
+}
+// In each group of four lanes, the 4 x 4 matrix of a, b, c and d transposed.
+TL_INLINE void transpose4(I& a, I& b, I& c, I& d) {
+    __m512i ab = _mm512_unpacklo_epi32(a.v, b.v), ab2 = _mm512_unpackhi_epi32(a.v, b.v);
+    __m512i cd = _mm512_unpacklo_epi32(c.v, d.v), cd2 = _mm512_unpackhi_epi32(c.v, d.v);
+    a = {_mm512_unpacklo_epi64(ab, cd)};
+    b = {_mm512_unpackhi_epi64(ab, cd)};
+    c = {_mm512_unpacklo_epi64(ab2, cd2)};
+    d = {_mm512_unpackhi_epi64(ab2, cd2)};
+}
+
 // 16 bytes as integers.
 TL_INLINE I load_u8(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
 TL_INLINE I load_i8(const int8_t* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))}; }

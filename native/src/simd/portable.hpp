@@ -71,6 +71,24 @@ TL_INLINE I to_int(F a) {
 TL_INLINE I as_int(F a) { I r; memcpy(r.v, a.v, 64); return r; }
 TL_INLINE F as_float(I a) { F r; memcpy(r.v, a.v, 64); return r; }
 
+struct Wide { I low, high; };
+TL_INLINE Wide mul_wide(I a, uint32_t b) {
+    Wide r;
+    TL_EACH(i) {
+        uint64_t product = uint64_t(uint32_t(a.v[i])) * b;
+        r.low.v[i] = int32_t(uint32_t(product));
+        r.high.v[i] = int32_t(uint32_t(product >> 32));
+    }
+    return r;
+}
+TL_INLINE void transpose4(I& a, I& b, I& c, I& d) {
+    I* rows[4] = {&a, &b, &c, &d};
+    int32_t cells[4][16];
+    for (int i = 0; i < 4; ++i) memcpy(cells[i], rows[i]->v, 64);
+    for (int i = 0; i < 4; ++i)
+        TL_EACH(j) rows[i]->v[j] = cells[j % 4][j / 4 * 4 + i];
+}
+
 TL_INLINE I load_u8(const uint8_t* p) { I r; TL_EACH(i) r.v[i] = p[i]; return r; }
 TL_INLINE I load_i8(const int8_t* p) { I r; TL_EACH(i) r.v[i] = p[i]; return r; }
 TL_INLINE void store_i8(int8_t* p, I a) { TL_EACH(i) p[i] = int8_t(uint8_t(a.v[i])); }
@@ -98,12 +116,21 @@ TL_INLINE float f16_float(uint16_t h) {
 TL_INLINE F load_f16(const uint16_t* p) { F r; TL_EACH(i) r.v[i] = f16_float(p[i]); return r; }
 
 TL_INLINE float flush(float x) { return __builtin_fabsf(x) < 1.17549435e-38f ? __builtin_copysignf(0.0f, x) : x; }
+// fma with denormals as zero; a result is denormal if it is after rounding to 24 bits (spec.fma_flushed).
+TL_INLINE float fma_flushed(float a, float b, float c) {
+    a = flush(a), b = flush(b), c = flush(c);
+    float r = __builtin_fmaf(a, b, c);
+    if (__builtin_fabsf(r) > 1.17549435e-38f) return r;
+    double sign = __builtin_copysign(1.0, double(r));
+    bool below = sign * (double(a) * double(b)) < (0x1p-126 - 0x1p-151) - sign * double(c);
+    return below ? __builtin_copysignf(0.0f, r) : flush(r);
+}
 TL_INLINE F dot_bf16(F acc, I a, I b) {
     F r;
     TL_EACH(i) {
         uint32_t x = uint32_t(a.v[i]), y = uint32_t(b.v[i]);
-        float odd = flush(__builtin_fmaf(flush(bf16_float(x >> 16)), flush(bf16_float(y >> 16)), flush(acc.v[i])));
-        r.v[i] = flush(__builtin_fmaf(flush(bf16_float(x & 0xffff)), flush(bf16_float(y & 0xffff)), odd));
+        float odd = fma_flushed(bf16_float(x >> 16), bf16_float(y >> 16), acc.v[i]);
+        r.v[i] = fma_flushed(bf16_float(x & 0xffff), bf16_float(y & 0xffff), odd);
     }
     return r;
 }

@@ -1,0 +1,482 @@
+#include "model.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <numeric>
+#include <stdexcept>
+
+namespace tokenloom {
+
+namespace {
+
+constexpr int64_t kCounterSpace = 16;  // ints between the phase numbers of two threads: a cache line
+
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
+
+std::string number(int64_t value) { return std::to_string(value); }
+
+double seconds_now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+void within(const char* name, const int32_t* values, int64_t count, int64_t low, int64_t high) {
+    int32_t least = INT32_MAX, most = INT32_MIN;
+    for (int64_t i = 0; i < count; ++i) {
+        least = std::min(least, values[i]);
+        most = std::max(most, values[i]);
+    }
+    if (count && (least < low || most >= high))
+        refuse(std::string(name) + " has values from " + number(least) + " to " + number(most) + ", outside [" +
+               number(low) + ", " + number(high) + ")");
+}
+
+// Grows, keeping nothing; at least half as much again, so that a slowly growing need does not copy forever.
+void grow(Memory& memory, int64_t bytes) {
+    if (static_cast<int64_t>(memory.size()) < bytes) memory = Memory(static_cast<size_t>(bytes));
+}
+
+}  // namespace
+
+Model::Model(std::shared_ptr<ThreadPool> pool, Isa isa, Dtype activations)
+    : threads_(std::move(pool)),
+      isa_(isa),
+      activations_(activations),
+      rows_(row_kernels_for(isa)),
+      linear_(linear_kernels_for(isa)),
+      attention_(attention_kernels_for(isa)),
+      store_(kv_store_kernels_for(isa)),
+      sampling_(sampling_kernels_for(isa)),
+      scratch_(static_cast<size_t>(threads_->size())),
+      sampler_scratch_(static_cast<size_t>(threads_->size())),
+      phase_(static_cast<size_t>(threads_->size() * kCounterSpace)) {}
+
+Activation& Model::buffer(int index) { return buffers_[static_cast<size_t>(index)]; }
+
+// --- building -------------------------------------------------------------------------------------------
+
+int Model::add_buffer(int64_t width, bool activation) {
+    if (width < 1 || width > (int64_t{1} << 24)) refuse("buffer width " + number(width));
+    // Room for vectors that read past the end of the last row's width.
+    int64_t stride = (width + 63) / 64 * 64;
+    buffers_.push_back({width, stride, activation ? activations_ : Dtype::f32, Memory()});
+    return static_cast<int>(buffers_.size()) - 1;
+}
+
+void Model::set_kv(KVFormat format, int layers, int heads, int dim, int64_t frames, int64_t frame_bytes,
+                   int64_t pages_per_frame) {
+    if (layers < 1 || heads < 1 || dim < 2 || dim % 2 || dim > 1024 || frames < 1 || pages_per_frame < 1)
+        refuse("KV pool of " + number(layers) + " layers, " + number(heads) + " heads of " + number(dim) +
+               " dimensions (even, at most 1024), " + number(frames) + " frames of " + number(pages_per_frame) +
+               " pages");
+    KVLayout layout(format, layers, heads, dim);
+    if (layout.page_bytes() * pages_per_frame > frame_bytes || frame_bytes % 64)
+        refuse(number(pages_per_frame) + " pages of " + number(layout.page_bytes()) + " bytes do not fit a frame of " +
+               number(frame_bytes) + " bytes (a multiple of 64)");
+    kv_memory_ = Memory(static_cast<size_t>(frames * frame_bytes));
+    kv_ = std::make_unique<KVPool>(KVPool{layout, kv_memory_.data(), frames, frame_bytes, pages_per_frame});
+}
+
+void Model::set_rope(std::vector<float> cos, std::vector<float> sin, int64_t positions, int64_t half) {
+    if (positions < 1 || half < 0 || static_cast<int64_t>(cos.size()) != positions * half || sin.size() != cos.size())
+        refuse("rope tables do not have the shape [positions, rotary_dim / 2]");
+    cos_ = std::move(cos);
+    sin_ = std::move(sin);
+    max_positions_ = positions;
+    rotary_half_ = half;
+}
+
+void Model::add_embed_packed(Weight weight, int out) {
+    if (buffers_.at(static_cast<size_t>(out)).width != weight->matrix.k || buffer(out).dtype != Dtype::f32)
+        refuse("embedding: the output must be fp32 and as wide as the table");
+    int64_t vocab = weight->matrix.n;
+    ops_.push_back(EmbedOp{std::move(weight), {}, TableDtype::f32, vocab, out});
+}
+
+void Model::add_embed_table(std::vector<uint8_t> table, TableDtype dtype, int64_t vocab, int out) {
+    int64_t width = buffers_.at(static_cast<size_t>(out)).width;
+    int64_t item = dtype == TableDtype::f32 ? 4 : 2;
+    if (vocab < 1 || static_cast<int64_t>(table.size()) != vocab * width * item || buffer(out).dtype != Dtype::f32)
+        refuse("embedding: the output must be fp32 and as wide as the table");
+    ops_.push_back(EmbedOp{nullptr, std::move(table), dtype, vocab, out});
+}
+
+void Model::add_norm(int source, int add, Vector weight, int out, float epsilon) {
+    int64_t width = buffers_.at(static_cast<size_t>(source)).width;
+    bool fits = buffers_.at(static_cast<size_t>(out)).width == width && static_cast<int64_t>(weight->size()) == width &&
+                buffer(source).dtype == Dtype::f32;
+    if (add >= 0)
+        fits = fits && buffers_.at(static_cast<size_t>(add)).width == width && buffer(add).dtype == Dtype::f32;
+    if (!fits) refuse("rms_norm: widths differ, or the source is not fp32");
+    ops_.push_back(NormOp{source, add, out, std::move(weight), epsilon});
+}
+
+void Model::add_linear(int source, Weight weight, int out, Vector bias, Epilogue epilogue, int delta) {
+    const PackedMatrix& m = weight->matrix;
+    const Activation& from = buffers_.at(static_cast<size_t>(source));
+    const Activation& to = buffers_.at(static_cast<size_t>(out));
+    bool float_ok = m.format == Format::bf16 ? from.dtype == Dtype::bf16
+                    : m.format == Format::f32 ? from.dtype == Dtype::f32
+                                              : true;
+    bool fits = from.width == m.k && to.width == (epilogue == Epilogue::silu_mul ? m.n / 2 : m.n) && source != out &&
+                (m.paired != 0) == (epilogue == Epilogue::silu_mul) &&
+                (!bias || static_cast<int64_t>(bias->size()) == m.n) &&
+                (epilogue != Epilogue::residual || to.dtype == Dtype::f32) && float_ok;
+    if (delta >= 0)
+        fits = fits && buffers_.at(static_cast<size_t>(delta)).width == m.n && buffer(delta).dtype == Dtype::f32;
+    if (!fits) refuse("linear [" + number(m.n) + ", " + number(m.k) + "]: shapes, formats or epilogue do not agree");
+    ops_.push_back(LinearOp{source, out, delta, std::move(weight), std::move(bias), epilogue});
+}
+
+void Model::add_rope(int source, int out, int layer, int num_heads, int rotary_dim, Vector q_norm, Vector k_norm,
+                     float epsilon) {
+    if (!kv_) refuse("rope_store before the KV pool");
+    const KVLayout& kv = kv_->layout;
+    int64_t dim = kv.head_dim;
+    bool fits = buffers_.at(static_cast<size_t>(source)).width == (num_heads + 2 * kv.num_kv_heads) * dim &&
+                buffers_.at(static_cast<size_t>(out)).width == num_heads * dim &&
+                buffer(source).dtype == Dtype::f32 && buffer(out).dtype == Dtype::f32 && layer >= 0 &&
+                layer < kv.num_layers && rotary_dim >= 0 && rotary_dim <= dim && rotary_dim == 2 * rotary_half_;
+    for (const Vector& norm : {q_norm, k_norm}) fits = fits && (!norm || static_cast<int64_t>(norm->size()) == dim);
+    if (!fits) refuse("rope_store: widths, layer or rotary_dim do not agree");
+    ops_.push_back(RopeOp{source, out, layer, num_heads, rotary_dim, std::move(q_norm), std::move(k_norm), epsilon});
+}
+
+void Model::add_attention(int source, int out, int layer, int num_heads, float scale, int window) {
+    if (!kv_) refuse("attention before the KV pool");
+    const KVLayout& kv = kv_->layout;
+    bool fits = buffers_.at(static_cast<size_t>(source)).width == num_heads * kv.head_dim &&
+                buffers_.at(static_cast<size_t>(out)).width == num_heads * kv.head_dim && num_heads > 0 &&
+                num_heads % kv.num_kv_heads == 0 && buffer(source).dtype == Dtype::f32 && layer >= 0 &&
+                layer < kv.num_layers && window >= 0;
+    if (!fits) refuse("attention: widths, layer or heads do not agree");
+    AttentionShape shape{num_heads, kv.num_kv_heads, kv.head_dim, scale, window, layer};
+    auto found = std::find_if(plan_shapes_.begin(), plan_shapes_.end(), [&](const AttentionShape& other) {
+        return other.num_heads == num_heads && other.window == window;
+    });
+    int plan = static_cast<int>(found - plan_shapes_.begin());
+    if (found == plan_shapes_.end()) plan_shapes_.push_back(shape);
+    ops_.push_back(AttentionOp{source, out, plan, shape});
+}
+
+void Model::set_head(int source, Weight weight, float softcap) {
+    const PackedMatrix& m = weight->matrix;
+    const Activation& from = buffers_.at(static_cast<size_t>(source));
+    if (from.width != m.k || m.paired || from.dtype != activations_ ||
+        (m.format == Format::bf16 && activations_ != Dtype::bf16) ||
+        (m.format == Format::f32 && activations_ != Dtype::f32))
+        refuse("head [" + number(m.n) + ", " + number(m.k) + "]: shape or format does not agree");
+    head_ = Head{source, std::move(weight), softcap};
+}
+
+void Model::finish() {
+    if (!kv_ || !max_positions_ || !head_.weight || ops_.empty()) refuse("the model lacks a part");
+    for (size_t i = 0; i < plan_shapes_.size(); ++i) plans_.push_back(std::make_unique<AttentionPlan>());
+    op_seconds_.assign(ops_.size() + 2, 0.0);
+    finished_ = true;
+}
+
+std::string Model::op_name(int64_t index) const {
+    static const char* const names[] = {"embed", "rms_norm", "linear", "rope_store", "attention"};
+    int64_t ops = num_ops();
+    if (index == ops) return "head";
+    if (index == ops + 1) return "plan";
+    return names[ops_.at(static_cast<size_t>(index)).index()];
+}
+
+// --- one step -------------------------------------------------------------------------------------------
+
+void Model::check(const Batch& b, const int32_t* copies, int64_t num_copies, const Entries& entries) const {
+    if (b.rows < 1 || b.segments < 1 || b.starts[0] != 0 || b.starts[b.segments] != b.rows)
+        refuse("starts do not cover the rows");
+    for (int64_t s = 0; s < b.segments; ++s)
+        if (b.starts[s + 1] <= b.starts[s]) refuse("starts do not rise");
+    int64_t pages = kv_->num_pages();
+    int64_t vocab = head_.weight->matrix.n;
+    for (const Op& op : ops_)
+        if (const EmbedOp* embed = std::get_if<EmbedOp>(&op)) vocab = std::min(vocab, embed->vocab);
+    within("token_ids", b.token_ids, b.rows, 0, vocab);
+    within("positions", b.positions, b.rows, 0, max_positions_);
+    within("logical", b.logical, b.rows, 0, b.table_width * kPageSize);
+    within("page_tables", b.page_tables, b.segments * b.table_width, 0, pages);
+    within("page_copies", copies, num_copies * 2, 0, pages);
+    within("logit_rows.rows", entries.rows, entries.count, 0, b.rows);
+    for (int64_t i = 0; i < b.rows; ++i) {
+        if (b.slots[i] < -1 || b.slots[i] >= pages * kPageSize)
+            refuse("slots has the value " + number(b.slots[i]) + ", outside [-1, " + number(pages * kPageSize) + ")");
+        if (b.parents[i] < -1 || b.parents[i] >= i)
+            refuse("parents of row " + number(i) + " is " + number(b.parents[i]) + ", which is not an earlier row or -1");
+    }
+}
+
+void Model::reserve(int64_t rows) {
+    if (rows <= capacity_) return;
+    // Growing in jumps keeps steady traffic from mapping memory.
+    capacity_ = std::max(rows, std::min<int64_t>(capacity_ * 2, 512));
+    for (Activation& a : buffers_) a.memory = Memory(static_cast<size_t>(capacity_ * a.row_bytes() + kAlign));
+    int64_t bytes = 0, sums = 0;
+    for (const Op& op : ops_)
+        if (const LinearOp* linear = std::get_if<LinearOp>(&op)) {
+            const PackedMatrix& m = linear->weight->matrix;
+            if (m.format != Format::i8 && m.format != Format::i4) continue;
+            bytes = std::max(bytes, quantized_stride(m));
+            sums = std::max(sums, quantized_groups(m));
+        }
+    const PackedMatrix& m = head_.weight->matrix;
+    if (m.format == Format::i8 || m.format == Format::i4) {
+        bytes = std::max(bytes, quantized_stride(m));
+        sums = std::max(sums, quantized_groups(m));
+    }
+    int64_t most = std::max<int64_t>(capacity_, kTileRows);
+    if (bytes) {
+        grow(quantized_, most * bytes + kAlign);
+        grow(quantized_scales_, most * 4);
+        grow(quantized_sums_, most * sums * 4 + kAlign);
+    }
+    grow(tile_source_, kTileRows * buffer(head_.source).row_bytes() + kAlign);
+}
+
+void Model::plan(const Batch& batch) {
+    int64_t bytes = 0;
+    for (size_t i = 0; i < plans_.size(); ++i) {
+        plans_[i]->build(batch, *kv_, plan_shapes_[i], threads_->size());
+        bytes = std::max(bytes, plans_[i]->scratch_bytes());
+    }
+    for (Memory& memory : scratch_) grow(memory, bytes);
+}
+
+void Model::make_tiles() {
+    const Entries& e = *entries_;
+    entry_order_.resize(static_cast<size_t>(e.count));
+    std::iota(entry_order_.begin(), entry_order_.end(), 0);
+    if (!std::is_sorted(e.rows, e.rows + e.count))
+        std::stable_sort(entry_order_.begin(), entry_order_.end(),
+                         [&](int64_t a, int64_t b) { return e.rows[a] < e.rows[b]; });
+    logit_rows_.clear();
+    row_starts_.clear();
+    for (int64_t i = 0; i < e.count; ++i) {
+        int32_t row = e.rows[entry_order_[static_cast<size_t>(i)]];
+        if (logit_rows_.empty() || logit_rows_.back() != row) {
+            logit_rows_.push_back(row);
+            row_starts_.push_back(i);
+        }
+    }
+    row_starts_.push_back(e.count);
+    int64_t most = std::min<int64_t>(kTileRows, static_cast<int64_t>(logit_rows_.size()));
+    grow(logits_, most * ((vocab() + 63) / 64 * 64) * 4 + kAlign);
+}
+
+void Model::step(const Batch& batch, const int32_t* copies, int64_t num_copies, Entries& entries) {
+    if (!finished_) refuse("the model is not finished");
+    check(batch, copies, num_copies, entries);
+    double start = profiling_ ? seconds_now() : 0;
+    reserve(batch.rows);
+    batch_ = &batch;
+    entries_ = &entries;
+    plan(batch);
+    make_tiles();
+    copy_pages(*kv_, copies, num_copies);
+    size_t tiles = (logit_rows_.size() + kTileRows - 1) / kTileRows;
+    // At most two phases an op, four a tile.
+    size_t phases = ops_.size() * 2 + tiles * 4;
+    if (counters_.size() < phases) counters_ = std::vector<WorkCounter>(phases * 2);
+    for (size_t i = 0; i < phases; ++i) counters_[i].reset();
+    std::fill(phase_.begin(), phase_.end(), 0);
+    if (profiling_) op_seconds_[ops_.size() + 1] += seconds_now() - start;
+    threads_->run([this](int thread) { walk(thread); });
+    entries_ = nullptr;
+    batch_ = nullptr;
+}
+
+int64_t Model::grain(int64_t count, int64_t least) const {
+    return std::max(least, count / (threads_->size() * 4));
+}
+
+template <class Work>
+void Model::phase(int thread, int64_t count, int64_t grain, Work&& work) {
+    WorkCounter& counter = counters_[static_cast<size_t>(phase_[static_cast<size_t>(thread * kCounterSpace)]++)];
+    int64_t begin, end;
+    while (counter.take(count, grain, begin, end)) work(begin, end);
+    threads_->barrier();
+}
+
+void Model::walk(int thread) {
+    bool timed = profiling_ && thread == 0;
+    double last = timed ? seconds_now() : 0;
+    for (size_t i = 0; i < ops_.size(); ++i) {
+        std::visit([&](const auto& op) { run(op, thread); }, ops_[i]);
+        if (timed) {
+            double now = seconds_now();
+            op_seconds_[i] += now - last;
+            last = now;
+        }
+    }
+    run_head(thread);
+    if (timed) op_seconds_[ops_.size()] += seconds_now() - last;
+}
+
+void Model::run(const EmbedOp& op, int thread) {
+    Activation& out = buffer(op.out);
+    int64_t item = op.dtype == TableDtype::f32 ? 4 : 2;
+    phase(thread, batch_->rows, grain(batch_->rows, 1), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            float* to = out.f32() + row * out.stride;
+            int64_t token = batch_->token_ids[row];
+            if (op.packed) {
+                unpack_row(op.packed->matrix, token, to);
+            } else {
+                rows_.widen(op.table.data() + token * out.width * item, op.dtype, out.width,
+                            activations_ == Dtype::bf16, to);
+            }
+        }
+    });
+}
+
+void Model::run(const NormOp& op, int thread) {
+    Activation &source = buffer(op.source), &out = buffer(op.out);
+    RMSNormCall call{source.f32(), source.stride, nullptr, 0, op.weight->data(), out.memory.data(), out.stride,
+                     out.dtype, source.width, op.epsilon};
+    if (op.add >= 0) {
+        call.add = buffer(op.add).f32();
+        call.add_stride = buffer(op.add).stride;
+    }
+    phase(thread, batch_->rows, grain(batch_->rows, 1),
+          [&](int64_t begin, int64_t end) { rows_.rms_norm(call, begin, end); });
+}
+
+void Model::multiply(const PackedWeight& weight, LinearCall call, int thread) {
+    const PackedMatrix& m = weight.matrix;
+    if (m.format == Format::i8 || m.format == Format::i4) {
+        call.quantized = QuantizedRows{reinterpret_cast<int8_t*>(quantized_.data()), quantized_stride(m),
+                                       reinterpret_cast<float*>(quantized_scales_.data()),
+                                       reinterpret_cast<int32_t*>(quantized_sums_.data()), quantized_groups(m)};
+        phase(thread, call.rows, grain(call.rows, 1), [&](int64_t begin, int64_t end) {
+            linear_.quantize_rows(call.source, activations_, call.source_stride, m, call.quantized, begin, end);
+        });
+    }
+    phase(thread, m.panels, grain(m.panels, 1),
+          [&](int64_t begin, int64_t end) { linear_.linear(call, begin, end); });
+}
+
+void Model::run(const LinearOp& op, int thread) {
+    Activation &source = buffer(op.source), &out = buffer(op.out);
+    LinearCall call{};
+    call.weight = &op.weight->matrix;
+    call.source = source.memory.data();
+    call.source_stride = source.stride;
+    call.rows = batch_->rows;
+    call.bias = op.bias ? op.bias->data() : nullptr;
+    if (op.delta >= 0) {
+        call.delta = buffer(op.delta).f32();
+        call.delta_stride = buffer(op.delta).stride;
+    }
+    call.out = out.memory.data();
+    call.out_stride = out.stride;
+    call.out_dtype = out.dtype;
+    call.epilogue = op.epilogue;
+    multiply(*op.weight, call, thread);
+}
+
+void Model::run(const RopeOp& op, int thread) {
+    Activation &source = buffer(op.source), &out = buffer(op.out);
+    RopeStoreCall call{};
+    call.source = source.f32();
+    call.source_stride = source.stride;
+    call.out = out.f32();
+    call.out_stride = out.stride;
+    call.positions = batch_->positions;
+    call.slots = batch_->slots;
+    call.cos = cos_.data();
+    call.sin = sin_.data();
+    call.target = kv_target(*kv_, op.layer);
+    call.num_heads = op.num_heads;
+    call.rotary_dim = op.rotary_dim;
+    call.q_norm = op.q_norm ? op.q_norm->data() : nullptr;
+    call.k_norm = op.k_norm ? op.k_norm->data() : nullptr;
+    call.epsilon = op.epsilon;
+    phase(thread, batch_->rows, grain(batch_->rows, 1),
+          [&](int64_t begin, int64_t end) { store_.store_rows(call, begin, end); });
+}
+
+void Model::run(const AttentionOp& op, int thread) {
+    Activation &source = buffer(op.source), &out = buffer(op.out);
+    AttentionPlan& plan = *plans_[static_cast<size_t>(op.plan)];
+    uint8_t* scratch = scratch_[static_cast<size_t>(thread)].data();
+    phase(thread, plan.num_tasks(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task)
+            attention_.run(plan, op.shape, task, source.f32(), source.stride, out.memory.data(), out.stride, out.dtype,
+                           scratch);
+    });
+    if (!plan.num_merges()) return;
+    phase(thread, plan.num_merges(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t merge = begin; merge < end; ++merge)
+            attention_.merge(plan, op.shape, merge, out.memory.data(), out.stride, out.dtype, scratch);
+    });
+}
+
+void Model::run_head(int thread) {
+    Activation& source = buffer(head_.source);
+    int64_t count = static_cast<int64_t>(logit_rows_.size());
+    int64_t stride = (vocab() + 63) / 64 * 64;
+    for (int64_t tile = 0; tile < count; tile += kTileRows) {
+        int64_t rows = std::min<int64_t>(kTileRows, count - tile);
+        phase(thread, rows, grain(rows, 8), [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i)
+                std::memcpy(tile_source_.data() + i * source.row_bytes(),
+                            source.memory.data() + logit_rows_[static_cast<size_t>(tile + i)] * source.row_bytes(),
+                            static_cast<size_t>(source.row_bytes()));
+        });
+        LinearCall call{};
+        call.weight = &head_.weight->matrix;
+        call.source = tile_source_.data();
+        call.source_stride = source.stride;
+        call.rows = rows;
+        call.out = logits_.data();
+        call.out_stride = stride;
+        call.out_dtype = Dtype::f32;
+        call.epilogue = Epilogue::none;
+        multiply(*head_.weight, call, thread);
+        phase(thread, rows, 1, [&](int64_t begin, int64_t end) { sample_rows(begin, end, tile, thread); });
+    }
+}
+
+void Model::sample_rows(int64_t begin, int64_t end, int64_t tile, int thread) {
+    int64_t stride = (vocab() + 63) / 64 * 64;
+    SamplerScratch& scratch = sampler_scratch_[static_cast<size_t>(thread)];
+    for (int64_t i = begin; i < end; ++i) {
+        float* logits = reinterpret_cast<float*>(logits_.data()) + i * stride;
+        finish_logits(sampling_, logits, vocab(), head_.softcap);
+        size_t row = static_cast<size_t>(tile + i);
+        for (int64_t j = row_starts_[row]; j < row_starts_[row + 1]; ++j) {
+            size_t entry = static_cast<size_t>(entry_order_[static_cast<size_t>(j)]);
+            sample_row(sampling_, logits, vocab(), entries_->samples[entry], scratch, entries_->results[entry]);
+        }
+    }
+}
+
+void Model::logits(const int32_t* rows, int64_t count, float* out) {
+    if (!finished_) refuse("the model is not finished");
+    within("rows", rows, count, 0, capacity_);
+    Activation& source = buffer(head_.source);
+    if (counters_.size() < 4) counters_ = std::vector<WorkCounter>(4);
+    grow(logits_, ((vocab() + 63) / 64 * 64) * 4 + kAlign);
+    for (int64_t i = 0; i < count; ++i) {
+        for (size_t c = 0; c < 4; ++c) counters_[c].reset();
+        std::fill(phase_.begin(), phase_.end(), 0);
+        LinearCall call{};
+        call.weight = &head_.weight->matrix;
+        call.source = source.memory.data() + rows[i] * source.row_bytes();
+        call.source_stride = source.stride;
+        call.rows = 1;
+        call.out = logits_.data();
+        call.out_stride = vocab();
+        call.out_dtype = Dtype::f32;
+        call.epilogue = Epilogue::none;
+        threads_->run([&](int thread) { multiply(*head_.weight, call, thread); });
+        float* row = reinterpret_cast<float*>(logits_.data());
+        finish_logits(sampling_, row, vocab(), head_.softcap);
+        std::memcpy(out + i * vocab(), row, static_cast<size_t>(vocab()) * 4);
+    }
+}
+
+}  // namespace tokenloom

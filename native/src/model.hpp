@@ -1,0 +1,175 @@
+// The native executor of a program: the whole list of op records as one call per step.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "attention_plan.hpp"
+#include "batch.hpp"
+#include "isa.hpp"
+#include "kernels.hpp"
+#include "kv.hpp"
+#include "kv_store.hpp"
+#include "linear.hpp"
+#include "memory.hpp"
+#include "pack.hpp"
+#include "pool.hpp"
+#include "rows.hpp"
+#include "sampler.hpp"
+#include "weight.hpp"
+
+namespace tokenloom {
+
+// One array per buffer of the program; rows are padded so that vector loads past the width stay inside.
+struct Activation {
+    int64_t width;
+    int64_t stride;  // elements
+    Dtype dtype;
+    Memory memory;
+
+    int64_t row_bytes() const { return stride * (dtype == Dtype::bf16 ? 2 : 4); }
+    float* f32() { return reinterpret_cast<float*>(memory.data()); }
+};
+
+using Vector = std::shared_ptr<const std::vector<float>>;
+using Weight = std::shared_ptr<const PackedWeight>;
+
+struct EmbedOp {
+    Weight packed;                // a table that is also the head, or
+    std::vector<uint8_t> table;   // rows as stored
+    TableDtype dtype;
+    int64_t vocab;
+    int out;
+};
+struct NormOp {
+    int source, add, out;  // add -1: none
+    Vector weight;
+    float epsilon;
+};
+struct LinearOp {
+    int source, out, delta;  // delta -1: none
+    Weight weight;
+    Vector bias;
+    Epilogue epilogue;
+};
+struct RopeOp {
+    int source, out;
+    int layer, num_heads, rotary_dim;
+    Vector q_norm, k_norm;
+    float epsilon;
+};
+struct AttentionOp {
+    int source, out, plan;
+    AttentionShape shape;
+};
+using Op = std::variant<EmbedOp, NormOp, LinearOp, RopeOp, AttentionOp>;
+
+// Entries of a step that want a token or a score, and where their results go.
+struct Entries {
+    int64_t count = 0;
+    const int32_t* rows = nullptr;
+    std::vector<SampleEntry> samples;
+    std::vector<EditsView> edits;
+    std::vector<SampleResult> results;
+};
+
+class Model {
+  public:
+    // `activations` is the type of "activation" buffers.
+    Model(std::shared_ptr<ThreadPool> pool, Isa isa, Dtype activations);
+
+    // --- building; each throws std::invalid_argument for what does not fit ---
+    int add_buffer(int64_t width, bool activation);
+    void set_kv(KVFormat format, int layers, int heads, int dim, int64_t frames, int64_t frame_bytes,
+                int64_t pages_per_frame);
+    void set_rope(std::vector<float> cos, std::vector<float> sin, int64_t positions, int64_t half);
+    void add_embed_packed(Weight weight, int out);
+    void add_embed_table(std::vector<uint8_t> table, TableDtype dtype, int64_t vocab, int out);
+    void add_norm(int source, int add, Vector weight, int out, float epsilon);
+    void add_linear(int source, Weight weight, int out, Vector bias, Epilogue epilogue, int delta);
+    void add_rope(int source, int out, int layer, int num_heads, int rotary_dim, Vector q_norm, Vector k_norm,
+                  float epsilon);
+    void add_attention(int source, int out, int layer, int num_heads, float scale, int window);
+    void set_head(int source, Weight weight, float softcap);
+    // After this, `step` may be called. Throws if parts are missing.
+    void finish();
+
+    // --- running ---
+    // Throws std::invalid_argument for a batch that names what does not exist, before anything is written.
+    void step(const Batch& batch, const int32_t* copies, int64_t num_copies, Entries& entries);
+    // fp32 logits of the rows of the last step that `rows` names, [count, vocab] (tests and reports).
+    void logits(const int32_t* rows, int64_t count, float* out);
+
+    int64_t vocab() const { return head_.weight ? head_.weight->matrix.n : 0; }
+    int64_t num_ops() const { return static_cast<int64_t>(ops_.size()); }
+    void set_profiling(bool on) { profiling_ = on; }
+    const std::vector<double>& op_seconds() const { return op_seconds_; }
+    std::string op_name(int64_t index) const;
+    const KVPool& pool() const { return *kv_; }
+
+  private:
+    struct Head {
+        int source = -1;
+        Weight weight;
+        float softcap = 0;
+    };
+
+    Activation& buffer(int index);
+    void check(const Batch& batch, const int32_t* copies, int64_t num_copies, const Entries& entries) const;
+    void reserve(int64_t rows);
+    void plan(const Batch& batch);
+    void walk(int thread);
+    void run_head(int thread);
+    void sample_rows(int64_t begin, int64_t end, int64_t tile, int thread);
+    void make_tiles();
+
+    void run(const EmbedOp& op, int thread);
+    void run(const NormOp& op, int thread);
+    void run(const LinearOp& op, int thread);
+    void run(const RopeOp& op, int thread);
+    void run(const AttentionOp& op, int thread);
+    void multiply(const PackedWeight& weight, LinearCall call, int thread);
+
+    // Items [0, count) over all threads, then a barrier; every thread makes the same calls in the same order.
+    template <class Work>
+    void phase(int thread, int64_t count, int64_t grain, Work&& work);
+    int64_t grain(int64_t count, int64_t least) const;
+
+    std::shared_ptr<ThreadPool> threads_;
+    const Isa isa_;
+    const Dtype activations_;
+    const RowKernels& rows_;
+    const LinearKernels& linear_;
+    const AttentionKernels& attention_;
+    const KVStoreKernels& store_;
+    const SamplingKernels& sampling_;
+
+    std::vector<Activation> buffers_;
+    std::vector<Op> ops_;
+    Head head_;
+    Memory kv_memory_;
+    std::unique_ptr<KVPool> kv_;
+    std::vector<float> cos_, sin_;
+    int64_t max_positions_ = 0, rotary_half_ = 0;
+    std::vector<AttentionShape> plan_shapes_;  // one for each pair of heads and window
+    std::vector<std::unique_ptr<AttentionPlan>> plans_;
+    int64_t capacity_ = 0;
+    bool finished_ = false;
+
+    // The step in flight.
+    const Batch* batch_ = nullptr;
+    Entries* entries_ = nullptr;
+    std::vector<int32_t> logit_rows_;              // distinct rows, rising
+    std::vector<int64_t> entry_order_, row_starts_;  // entries of logit row i: entry_order_[row_starts_[i]...]
+    Memory logits_, tile_source_, quantized_, quantized_scales_, quantized_sums_;
+    std::vector<Memory> scratch_;
+    std::vector<SamplerScratch> sampler_scratch_;
+    std::vector<WorkCounter> counters_;
+    std::vector<int> phase_;  // per thread: the next counter (spaced apart)
+    bool profiling_ = false;
+    std::vector<double> op_seconds_;
+};
+
+}  // namespace tokenloom

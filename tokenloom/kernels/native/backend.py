@@ -1,0 +1,214 @@
+"""A program on the native kernels: built once from its records, then one call per step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenloom.engine.batch import LogitEdits, LogitRows, StepResult, TokenBatch, TopLogprobs, Work
+from tokenloom.errors import UnsupportedFeature
+from tokenloom.kernels.native import extension
+from tokenloom.kernels.native.weights import PackedTable, WeightPacker
+from tokenloom.kernels.program import Attention, Embed, Linear, Program, RMSNorm, RopeStore
+
+Float32 = NDArray[np.float32]
+
+NUMERICS_VERSION = 1
+"""Rises when the bits of any native op change."""
+
+DTYPES = ("float32", "bfloat16")
+_TABLE_TYPES = {
+    np.dtype(np.float32): "float32",
+    np.dtype(np.float16): "float16",
+    np.dtype(ml_dtypes.bfloat16): "bfloat16",
+}
+
+
+class NativeBackend:
+    """See `kernels.backend.Backend`.
+
+    `weights` maps names of `program.weights` to what a `WeightPacker` made, or to plain arrays, which are packed
+    here. `rope` is (cos, sin), fp32 [max_context, rotary_dim / 2]. `dtype` is the type of activations and of
+    weights that are not quantised, `kv_dtype` float32, bfloat16 or int8. `isa` "" is the best that this machine
+    has; the bits do not depend on it, nor on the threads. Raises `UnsupportedFeature` and ValueError.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Mapping[str, Any],
+        rope: tuple[Float32, Float32],
+        *,
+        num_frames: int,
+        frame_bytes: int,
+        pages_per_frame: int,
+        dtype: str,
+        kv_dtype: str,
+        num_threads: int,
+        isa: str = "",
+        pool: Any = None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise UnsupportedFeature(f"dtype {dtype}", f"the native backend has {', '.join(DTYPES)}")
+        program.check()
+        native = extension.load()
+        self._pool = pool or native.ThreadPool(num_threads)
+        self._packer = WeightPacker(program, dtype, self._pool, {})
+        self._native = native
+        self._program = program
+        self._weights = weights
+        self._model: Any = native.Model(self._pool, isa, dtype)
+        kv = program.kv
+        self._model.kv(
+            kv_dtype, kv.num_layers, kv.num_kv_heads, kv.head_dim, num_frames, frame_bytes, pages_per_frame
+        )
+        self._model.rope(*(np.ascontiguousarray(table, np.float32) for table in rope))
+        self._buffers = {
+            spec.name: self._model.buffer(spec.width, spec.dtype == "activation") for spec in program.buffers
+        }
+        formats = self._build()
+        self._numerics_id = f"native-{NUMERICS_VERSION}-{dtype}-{'+'.join(formats)}-{kv_dtype}"
+        # The model holds what it needs.
+        self._weights = {}
+
+    @property
+    def numerics_id(self) -> str:
+        """Version of the specification, and the formats of activations, weights and KV."""
+        return self._numerics_id
+
+    def run(self, batch: TokenBatch) -> StepResult:
+        """Compute a step."""
+        if self._model is None:
+            raise ValueError("the executor is closed")
+        if (batch.adapter_slots >= 0).any():
+            raise UnsupportedFeature("an adapter slot", "the native backend runs the base model only")
+        if (batch.work == Work.TRAIN).any():
+            raise UnsupportedFeature("training rows", "the native backend has no backward pass")
+        entries = batch.logit_rows
+        count = len(entries)
+        wanted = np.maximum(entries.num_logprobs, 0)
+        ends = np.cumsum(wanted)
+        room = int(ends[-1]) if count else 0
+        tokens, logprobs, ranks = (
+            np.zeros(count, np.int32),
+            np.zeros(count, np.float32),
+            np.zeros(count, np.int32),
+        )
+        top_ids, top_logprobs = np.zeros(room, np.int32), np.zeros(room, np.float32)
+        self._model.step(
+            _batch_arrays(self._native, batch),
+            _entry_arrays(self._native, entries),
+            [_edit(entry, edit) for entry, edit in entries.edits.items()],
+            self._native.Results(tokens, logprobs, ranks, top_ids, top_logprobs),
+        )
+        tops: dict[int, TopLogprobs] = {}
+        for i in np.flatnonzero(entries.num_logprobs >= 0).tolist():
+            span = slice(int(ends[i] - wanted[i]), int(ends[i]))
+            tops[i] = TopLogprobs(top_ids[span], top_logprobs[span], int(ranks[i]))
+        return StepResult(tokens, logprobs, tops)
+
+    def logits(self, rows: NDArray[np.int32]) -> Float32:
+        """fp32 [n, vocabulary]: logits of rows of the last batch."""
+        out = np.empty((len(rows), self._program.vocab_size), np.float32)
+        self._model.logits(np.ascontiguousarray(rows, np.int32), out)
+        return out
+
+    def profile_ops(self, on: bool) -> None:
+        """Measure the seconds of each op from now on (a clock read per op)."""
+        self._model.profile(on)
+
+    def op_seconds(self) -> list[tuple[str, float]]:
+        """(kind, seconds since profiling was switched on) of each op, then of the head and of planning."""
+        found: list[tuple[str, float]] = self._model.op_seconds()
+        return found
+
+    def close(self) -> None:
+        """Release weights and the KV pool."""
+        self._model = None
+
+    # --- building ----------------------------------------------------------------------------------------
+
+    def _build(self) -> list[str]:
+        """Hand the records to the model; returns the formats of its packed weights."""
+        specs = {spec.name: spec for spec in self._program.weights}
+        missing = [n for n, spec in specs.items() if n not in self._weights and not spec.optional]
+        if missing:
+            raise ValueError(f"weights {missing} are missing")
+        packed = {name: self._packed(specs[name]) for name in specs if name in self._weights}
+        for op in self._program.ops:
+            if isinstance(op, Embed):
+                self._embed(op, packed[op.weight])
+            elif isinstance(op, RMSNorm):
+                add = -1 if op.add is None else self._buffers[op.add]
+                self._model.rms_norm(
+                    self._buffers[op.source], add, packed[op.weight], self._buffers[op.out], op.epsilon
+                )
+            elif isinstance(op, Linear):
+                self._linear(op, packed)
+            elif isinstance(op, RopeStore):
+                q_norm, k_norm = (None if n is None else packed[n] for n in (op.q_norm, op.k_norm))
+                self._model.rope_store(
+                    self._buffers[op.source], self._buffers[op.out], op.layer, op.num_heads, op.rotary_dim,
+                    q_norm, k_norm, op.epsilon,
+                )  # fmt: skip
+            else:
+                self._attention(op)
+        head = self._program.head
+        self._model.head(self._buffers[head.source], packed[head.weight], head.softcap or 0.0)
+        self._model.finish()
+        return sorted({w.format for w in packed.values() if isinstance(w, self._native.PackedWeight)})
+
+    def _packed(self, spec: Any) -> Any:
+        weight = self._weights[spec.name]
+        if isinstance(weight, (self._native.PackedWeight, PackedTable)):
+            return weight
+        if weight.shape != spec.shape:
+            raise ValueError(
+                f"weight {spec.name} has shape {weight.shape}, but the program needs {spec.shape}"
+            )
+        return self._packer.pack(spec, [weight])
+
+    def _embed(self, op: Embed, weight: Any) -> None:
+        if isinstance(weight, PackedTable):
+            values = weight.values
+            raw = values.view(np.uint16) if values.dtype.itemsize == 2 else values
+            self._model.embed_table(raw, _TABLE_TYPES[values.dtype], self._buffers[op.out])
+        else:
+            self._model.embed(weight, self._buffers[op.out])
+
+    def _linear(self, op: Linear, packed: Mapping[str, Any]) -> None:
+        bias = None if op.bias is None else packed.get(op.bias)
+        delta = -1 if op.delta is None else self._buffers[op.delta]
+        self._model.linear(
+            self._buffers[op.source], packed[op.weight], self._buffers[op.out], bias, op.epilogue, delta
+        )
+
+    def _attention(self, op: Attention) -> None:
+        self._model.attention(
+            self._buffers[op.source], self._buffers[op.out], op.layer, op.num_heads, op.scale, op.window or 0
+        )
+
+
+def _batch_arrays(native: Any, batch: TokenBatch) -> Any:
+    return native.BatchArrays(
+        batch.token_ids, batch.positions, batch.logical, batch.slots, batch.parents, batch.starts,
+        np.ascontiguousarray(batch.page_tables), np.ascontiguousarray(batch.page_copies),
+    )  # fmt: skip
+
+
+def _entry_arrays(native: Any, entries: LogitRows) -> Any:
+    return native.EntryArrays(
+        entries.rows, entries.targets, entries.temperatures, entries.top_k, entries.top_p, entries.min_p,
+        entries.seeds, entries.sample_index, entries.positions, entries.num_logprobs,
+    )  # fmt: skip
+
+
+def _edit(entry: int, edit: LogitEdits) -> tuple[Any, ...]:
+    return (
+        entry, edit.allowed_ids, edit.seen_ids, edit.output_counts, edit.repetition_penalty,
+        edit.frequency_penalty, edit.presence_penalty, edit.bias_ids, edit.bias,
+    )  # fmt: skip

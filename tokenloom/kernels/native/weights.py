@@ -1,0 +1,112 @@
+"""Weights in the packed layouts of native/src/kernels.hpp.
+
+A `WeightPacker` knows what the program does with each weight: multiply it (and with which epilogue), look rows
+up in it, or add it. Linears are packed straight from what the loader hands over (views of mapped files), on
+all threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenloom.errors import UnsupportedFeature
+from tokenloom.kernels.native import extension
+from tokenloom.kernels.program import Embed, Linear, Program, WeightSpec
+
+INT4_GROUP = 64
+"""Weights that share a scale when they are rounded to 4 bits at load; a divisor of the usual sizes."""
+
+Rounding = Literal["int8", "int4"]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTable:
+    """An embedding that no product reads: rows [V, width] of float32, bfloat16 or float16."""
+
+    values: NDArray[Any]
+
+
+class WeightPacker:
+    """Packs the weights of `program` for arithmetic in `dtype` ("float32" or "bfloat16").
+
+    `pool` is a native ThreadPool. `roundings` names the weights that are rounded to 8 or 4 bits.
+    """
+
+    def __init__(self, program: Program, dtype: str, pool: Any, roundings: Mapping[str, Rounding]) -> None:
+        self._native = extension.load()
+        self._pool = pool
+        self._plain = {"float32": "float32", "bfloat16": "bfloat16"}[dtype]
+        self._roundings = roundings
+        linears = [op for op in program.ops if isinstance(op, Linear)]
+        self._multiplied = {op.weight for op in linears} | {program.head.weight}
+        self._paired = {op.weight for op in linears if op.epilogue == "silu_mul"}
+        if self._paired & (
+            {op.weight for op in linears if op.epilogue != "silu_mul"} | {program.head.weight}
+        ):
+            raise UnsupportedFeature(
+                "a weight under silu_mul and without it", "packed weights have one layout"
+            )
+        self._tables = {op.weight for op in program.ops if isinstance(op, Embed)} - self._multiplied
+
+    def pack(self, spec: WeightSpec, sources: Sequence[Any]) -> Any:
+        """The packed form of one weight: a native PackedWeight, a `PackedTable`, or float32 [n] for vectors.
+
+        `sources` are arrays or quantised matrices that are stacked along axis 0 to `spec.shape`; a transposed
+        spec's are turned already.
+        """
+        if spec.name in self._multiplied:
+            return self._linear(spec, sources)
+        if spec.name in self._tables:
+            return PackedTable(self._table(spec, sources))
+        return np.concatenate([_float32(source) for source in sources])
+
+    def _linear(self, spec: WeightSpec, sources: Sequence[Any]) -> Any:
+        paired = spec.name in self._paired
+        quantized = [not isinstance(source, np.ndarray) for source in sources]
+        if all(quantized):
+            return self._quantized(sources, paired)
+        if any(quantized):
+            # A stack of which some parts were left in floating point: the whole is multiplied in it.
+            sources = [
+                source if isinstance(source, np.ndarray) else source.dequantize() for source in sources
+            ]
+        rounding = self._roundings.get(spec.name, self._plain)
+        arrays = [_contiguous(source) for source in sources]
+        types = [array.dtype.name for array in arrays]
+        raw = [array.view(np.uint16) if array.dtype.itemsize == 2 else array for array in arrays]
+        group = INT4_GROUP if rounding == "int4" else 0
+        return self._native.pack(self._pool, raw, types, rounding, paired, group)
+
+    def _quantized(self, sources: Sequence[Any], paired: bool) -> Any:
+        parts = [(source.q, source.scales, getattr(source, "zeros", None)) for source in sources]
+        groups = {getattr(source, "group", 0) for source in sources}
+        if len(groups) != 1:
+            raise UnsupportedFeature(
+                "stacked weights with different groups", "one group size for q, k, v and for gate, up"
+            )
+        scales = [s.view(np.uint16) if s.dtype == np.float16 else s for _, s, _ in parts]
+        return self._native.pack_quantized(
+            self._pool, [q for q, _, _ in parts], scales, [z for _, _, z in parts], paired, groups.pop()
+        )
+
+    def _table(self, spec: WeightSpec, sources: Sequence[Any]) -> NDArray[Any]:
+        if len(sources) == 1 and isinstance(sources[0], np.ndarray) and spec.name not in self._roundings:
+            return sources[0].copy()
+        return np.concatenate([_float32(source) for source in sources])
+
+
+def _contiguous(array: NDArray[Any]) -> NDArray[Any]:
+    if array.dtype not in (np.float32, np.float16, ml_dtypes.bfloat16):
+        array = array.astype(np.float32)
+    return np.ascontiguousarray(array)
+
+
+def _float32(source: Any) -> NDArray[np.float32]:
+    values = source if isinstance(source, np.ndarray) else source.dequantize()
+    return np.ascontiguousarray(values, dtype=np.float32)

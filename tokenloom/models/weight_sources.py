@@ -1,0 +1,277 @@
+"""What a checkpoint holds for each weight of a program: views of its files, or matrices in 8 or 4 bits.
+
+This is the seam between files and backends. `weight_sources` hands out one weight after the other, in the
+forms of `tokenloom.quantization.weights`, and gives the pages of the file back as soon as the next one is asked
+for; a backend widens or packs what it gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+from numpy.typing import NDArray
+
+from tokenloom.errors import InvalidParameter, ModelError
+from tokenloom.kernels.program import Embed, Linear, Program, RopeStore, WeightSpec
+from tokenloom.models.checkpoint import Checkpoint
+from tokenloom.quantization import round_to_nearest
+from tokenloom.quantization.weights import Int4Matrix, Int8Matrix, int4_bytes, int8_bytes, row_blocks
+
+WeightFormat = Literal["auto", "int8", "int4"]
+"""auto: as in the checkpoint. int8, int4: rounded when it is loaded."""
+
+WeightSource = NDArray[Any] | Int8Matrix | Int4Matrix
+
+ProgressListener = Callable[[str, int, int], None]
+"""Hears (stage, bytes done, bytes in all) as loading goes on."""
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+_IGNORED_SUFFIX = "rotary_emb.inv_freq"
+_FLOATS = ("float32", "bfloat16", "float16")
+
+
+class SourcedWeight(NamedTuple):
+    """A weight of the program and its sources, which are stacked along axis 0 to its shape.
+
+    A source is a view of the mapped file ([rows, ...] of float32, bfloat16 or float16; for a transposed spec
+    already turned) or a matrix in 8 or 4 bits. The sources of one weight may be of different kinds where a
+    checkpoint leaves some linears as they were. They are valid until the next weight is asked for.
+    """
+
+    spec: WeightSpec
+    sources: tuple[WeightSource, ...]
+
+
+def weight_sources(
+    program: Program,
+    checkpoint: Checkpoint,
+    weights: str = "auto",
+    progress: ProgressListener | None = None,
+) -> Iterator[SourcedWeight]:
+    """The weights of `program` in its order; optional ones that the checkpoint lacks are left out.
+
+    `weights` "int8" or "int4" rounds linears, head and embedding as `roundings` says. `progress` is called for
+    each source once its weight is done with. Raises `ModelError` as `check_weights`, before the first weight
+    is read, and for values that cannot be unpacked or rounded; `InvalidParameter` as `resolve_weights`.
+    """
+    chosen = roundings(program, resolve_weights(weights, checkpoint))
+    check_weights(program, checkpoint)
+    wanted = [spec for spec in program.weights if _is_present(spec, checkpoint)]
+    return _read(wanted, checkpoint, chosen, progress)
+
+
+def _read(
+    wanted: list[WeightSpec],
+    checkpoint: Checkpoint,
+    chosen: Mapping[str, Literal["int8", "int4"]],
+    progress: ProgressListener | None,
+) -> Iterator[SourcedWeight]:
+    total = sum(checkpoint.source_bytes(source) for spec in wanted for source in spec.sources)
+    done = 0
+    for spec in wanted:
+        yield SourcedWeight(spec, tuple(_source(spec, name, checkpoint, chosen) for name in spec.sources))
+        for name in spec.sources:
+            checkpoint.release_source(name)
+            done += checkpoint.source_bytes(name)
+            if progress is not None:
+                progress("weights", done, total)
+
+
+def _source(
+    spec: WeightSpec, name: str, checkpoint: Checkpoint, chosen: Mapping[str, Literal["int8", "int4"]]
+) -> WeightSource:
+    found = checkpoint.source(name)
+    if isinstance(found, Int4Matrix):
+        # Packed parts are [N, K] in any case: the tools turn what is stored the other way.
+        return found
+    view = found.T if spec.transposed else found
+    rounding = chosen.get(spec.name)
+    if rounding == "int8":
+        return round_to_nearest.int8(view, name)
+    return view if rounding is None else round_to_nearest.int4(view, name=name)
+
+
+def resolve_weights(weights: str, checkpoint: Checkpoint) -> WeightFormat:
+    """`weights`, checked. Raises `InvalidParameter` for an unknown format, and for int8 and int4 where the
+    linears of the checkpoint are quantised already."""
+    if checkpoint.quantization is not None and weights in ("int8", "int4"):
+        raise InvalidParameter(
+            "weights",
+            weights,
+            f"auto: the checkpoint is quantised already ({checkpoint.quantization.method})",
+        )
+    if weights == "auto":
+        return "auto"
+    if weights == "int8":
+        return "int8"
+    if weights == "int4":
+        return "int4"
+    raise InvalidParameter("weights", weights, "one of " + ", ".join(get_args(WeightFormat)))
+
+
+def roundings(program: Program, weights: WeightFormat) -> dict[str, Literal["int8", "int4"]]:
+    """The format of each weight that is rounded, by name: linears get the chosen one; embedding and head, on
+    whose rows every token depends directly, get int8 in both."""
+    if weights == "auto":
+        return {}
+    result = {op.weight: weights for op in program.ops if isinstance(op, Linear)}
+    outer = {op.weight for op in program.ops if isinstance(op, Embed)} | {program.head.weight}
+    return result | dict.fromkeys(outer, "int8")
+
+
+def stored_bytes(program: Program, checkpoint: Checkpoint, weights: WeightFormat = "auto") -> int:
+    """Bytes of the numbers of all weights in their format: as in the checkpoint, or rounded."""
+    chosen = roundings(program, weights)
+    total = 0
+    for spec in program.weights:
+        rounding = chosen.get(spec.name)
+        if rounding is None:
+            total += sum(map(checkpoint.source_bytes, spec.sources))
+        elif rounding == "int8":
+            total += int8_bytes(spec.shape)
+        else:
+            total += int4_bytes(spec.shape, round_to_nearest.DEFAULT_GROUP)
+    return total
+
+
+# --- does the checkpoint fit the program? ----------------------------------------------------------------
+
+
+def check_weights(program: Program, checkpoint: Checkpoint) -> None:
+    """Raise `ModelError` with every tensor that is missing, unexpected, mis-shaped or of the wrong kind.
+
+    Ignored are the frequencies that old checkpoints store (`rotary_emb.inv_freq`), an `lm_head.weight` that
+    equals the embedding it is tied to (one that differs is refused: it contradicts config.json), and biases of
+    zeros that some GPTQ tools add to every linear.
+    """
+    problems: list[str] = []
+    used: set[str] = set()
+    rows = _source_rows(program)
+    quantizable = {op.weight for op in program.ops if isinstance(op, Linear)} | {program.head.weight}
+    quantizable -= {op.weight for op in program.ops if isinstance(op, Embed)}
+    for spec in program.weights:
+        used.update(spec.sources)
+        for source in spec.sources:
+            used.update(checkpoint.source_tensors(source))
+        if _is_present(spec, checkpoint):
+            problems += _spec_problems(spec, checkpoint, rows.get(spec.name), spec.name in quantizable)
+    for name in checkpoint.names:
+        if name in used or name.endswith(_IGNORED_SUFFIX) or _is_empty_bias(name, checkpoint):
+            continue
+        if name != HEAD:
+            problems.append(f"unexpected {name} {list(checkpoint.shape(name))}")
+        elif EMBEDDING in checkpoint and not _is_tied_copy(checkpoint):
+            problems.append(f"{HEAD} that differs from {EMBEDDING}, though tie_word_embeddings is true")
+    if problems:
+        shown = "; ".join(problems[:50]) + (f"; and {len(problems) - 50} more" if len(problems) > 50 else "")
+        raise ModelError(
+            f"weights in {checkpoint.directory} that do not fit config.json: {shown}",
+            "all tensors of the model and no others",
+        )
+
+
+def _spec_problems(
+    spec: WeightSpec, checkpoint: Checkpoint, rows: tuple[int, ...] | None, quantizable: bool
+) -> list[str]:
+    problems: list[str] = []
+    shapes: list[tuple[int, ...]] = []
+    for i, source in enumerate(spec.sources):
+        found = _kind_problems(source, checkpoint, quantizable)
+        if found:
+            problems += found
+            continue
+        shape = checkpoint.source_shape(source)
+        if spec.transposed and not checkpoint.is_quantized(source):
+            shape = shape[::-1]
+        if rows is not None and shape != (rows[i], *spec.shape[1:]):
+            problems.append(f"{source} of shape {list(shape)} instead of {[rows[i], *spec.shape[1:]]}")
+        shapes.append(shape)
+    if rows is None and len(shapes) == len(spec.sources) and not _stack_to(shapes, spec.shape):
+        problems.append(f"{spec.name} of shapes {shapes} instead of a stack {list(spec.shape)}")
+    return problems
+
+
+def _kind_problems(source: str, checkpoint: Checkpoint, quantizable: bool) -> list[str]:
+    """What is wrong with a source before its shape can be compared: missing, of the wrong type, or quantised
+    against what config.json says."""
+    quantization = checkpoint.quantization
+    module = source.removesuffix(".weight")
+    if quantization is None or not checkpoint.is_quantized(source):
+        if source not in checkpoint:
+            packed = quantization is None and f"{module}.qweight" in checkpoint
+            hint = f" ({module}.qweight needs a quantization_config in config.json)" if packed else ""
+            return [f"missing {source}{hint}"]
+        if checkpoint.dtype(source) not in _FLOATS:
+            return [f"{source} of dtype {checkpoint.dtype(source)} instead of {', '.join(_FLOATS)}"]
+        if quantization is not None and quantizable and quantization.converts(module):
+            return [f"{source} that is not quantised, though quantization_config does not except it"]
+        return []
+    missing = [f"missing {name}" for name in checkpoint.source_tensors(source) if name not in checkpoint]
+    if missing:
+        return missing
+    if source in checkpoint:
+        return [f"{source} beside {module}.qweight"]
+    if not quantizable or not quantization.converts(module):
+        return [f"{module}.qweight, though quantization_config leaves {module} as it was"]
+    for name in checkpoint.source_tensors(source):
+        wanted = _FLOATS if name.endswith(".scales") else ("int32",)
+        if checkpoint.dtype(name) not in wanted:
+            return [f"{name} of dtype {checkpoint.dtype(name)} instead of {', '.join(wanted)}"]
+    try:
+        checkpoint.source_shape(source)
+    except ModelError as error:
+        return [f"{error.found} instead of {error.supported}"]
+    return []
+
+
+def _stack_to(shapes: list[tuple[int, ...]], wanted: tuple[int, ...]) -> bool:
+    return all(len(shape) == len(wanted) and shape[1:] == wanted[1:] for shape in shapes) and (
+        sum(shape[0] for shape in shapes) == wanted[0]
+    )
+
+
+def _is_present(spec: WeightSpec, checkpoint: Checkpoint) -> bool:
+    """Whether to load the weight: not if it is optional and the checkpoint has none of its sources."""
+    return not spec.optional or any(checkpoint.source_tensors(source) for source in spec.sources)
+
+
+def _source_rows(program: Program) -> dict[str, tuple[int, ...]]:
+    """Rows of each source of a weight, where the program tells: a stack of three that feeds RoPE is q, k, v;
+    a stack of two under silu_mul is gate and up; one source is the whole. Else only the sum is checked."""
+    specs = {spec.name: spec for spec in program.weights}
+    result = {spec.name: spec.shape[:1] for spec in program.weights if len(spec.sources) == 1}
+    attention = {op.source: op for op in program.ops if isinstance(op, RopeStore)}
+    for op in program.ops:
+        if not isinstance(op, Linear):
+            continue
+        for name in (op.weight, op.bias):
+            spec = specs.get(name) if name is not None else None
+            if spec is None:
+                continue
+            rope = attention.get(op.out)
+            if len(spec.sources) == 3 and rope is not None:
+                kv_size = rope.num_kv_heads * rope.head_dim
+                result[spec.name] = (rope.num_heads * rope.head_dim, kv_size, kv_size)
+            elif len(spec.sources) == 2 and op.epilogue == "silu_mul":
+                result[spec.name] = (spec.shape[0] // 2, spec.shape[0] // 2)
+    return result
+
+
+def _is_empty_bias(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether the tensor is a bias of zeros of a quantised linear."""
+    module = name.removesuffix(".bias")
+    if module == name or not checkpoint.is_quantized(f"{module}.weight"):
+        return False
+    return not checkpoint.tensor(name).any()
+
+
+def _is_tied_copy(checkpoint: Checkpoint) -> bool:
+    head, embedding = checkpoint.tensor(HEAD), checkpoint.tensor(EMBEDDING)
+    if head.shape != embedding.shape or head.ndim != 2:
+        return False
+    same = all(bool((head[rows] == embedding[rows]).all()) for rows in row_blocks(head.shape))
+    checkpoint.release(HEAD)
+    return same

@@ -1,0 +1,1 @@
+"""Weight formats: what a rounded matrix is, how it is made, and how checkpoints store it."""
