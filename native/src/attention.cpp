@@ -88,6 +88,8 @@ void AttentionPlan::build(const Batch& batch, const KVPool& pool, const Attentio
     if (!tree_keys_.empty()) scratch_bytes_ += kTreePages * head_bytes;
 
     tasks = tasks_.data();
+    task_count = static_cast<int64_t>(tasks_.size());
+    this->num_threads = std::max(num_threads, 1);
     merges = merges_.data();
     blocks = blocks_.data();
     pages = pages_.data();

@@ -70,6 +70,8 @@ struct AttentionTables {
     int64_t head_bytes, layer_bytes; // from head to head and from layer to layer of a page
     int64_t k_bytes, v_bytes;
     int64_t max_tiles;               // of any block
+    int64_t task_count;
+    int32_t num_threads;             // that take tasks in turn
 };
 
 struct AttentionKernels {

@@ -29,7 +29,7 @@ enum class Dtype : int32_t { f32 = 0, bf16 = 1 };
 //   bf16  [K/2][32][2] uint16
 //   i8    [K/4][32][4] uint8 = q + 128        scales: float [panels * 32]
 //   i4    per group of G: [G/8][32][4] uint8 (low nibble: k = 8j + i, high: 8j + 4 + i), then 32 fp16
-//         scales, then 32 uint8 zero points
+//         scales, then 32 uint8 zero points, then nothing up to a multiple of 64 bytes
 // With `paired` (the silu_mul epilogue), panel p holds gate columns 16p..16p+15, then up columns likewise.
 // The transposed product (out[k] = sum over n of x[n] W[n, k]) reads the same bytes: a panel gives 32
 // consecutive n for each k.

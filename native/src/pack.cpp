@@ -149,7 +149,7 @@ float pack_i8(const Row& row, int64_t k, uint8_t* column, float* scratch) {
     } else {
         read_floats(row, 0, k, scratch);
         scale = largest(scratch, k) / 127.0f;
-        if (scale == 0) scale = 1;
+        if (scale < 0x1p-126f) scale = 1;
         for (int64_t i = 0; i < k; ++i) {
             int q = static_cast<int>(clip(round_even(clip(scratch[i] / scale, -1000, 1000)), -127, 127));
             bytes[i] = static_cast<uint8_t>(q + 128);

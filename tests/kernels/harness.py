@@ -7,12 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from tokenloom.engine.batch import PAGE_SIZE, LogitEdits, LogitRows, StepResult, TokenBatch, Work
+from tokenloom.kernels.backend import kv_page_bytes
+from tokenloom.kernels.native import extension
+from tokenloom.kernels.native.weights import WeightPacker
 from tokenloom.kernels.program import Program
 from tokenloom.models.config import ModelConfig, RopeConfig
 from tokenloom.models.llama import build
+from tokenloom.models.weight_sources import roundings
 from tokenloom.runtime.local import LocalExecutor
 
 MAX_CONTEXT = 1024
@@ -53,27 +58,87 @@ def random_weights(program: Program, seed: int = 0) -> dict[str, NDArray[np.floa
     return weights
 
 
+@dataclass(frozen=True)
+class Numerics:
+    """Which kernels compute, and in which formats. `weights` "" leaves them in `dtype`."""
+
+    kernels: str = "reference"
+    dtype: str = "float32"
+    kv_dtype: str = "float32"
+    weights: str = ""
+    isa: str = ""
+
+    @property
+    def name(self) -> str:
+        parts = (self.kernels, self.weights or self.dtype, self.isa)
+        kv = f"kv-{self.kv_dtype}" if self.kv_dtype != self.dtype else ""
+        return "-".join(part for part in (*parts, kv) if part)
+
+
+REFERENCE = [Numerics(), Numerics(dtype="bfloat16", kv_dtype="bfloat16")]
+NATIVE = [
+    Numerics("native"),
+    Numerics("native", "bfloat16", "bfloat16"),
+    Numerics("native", "bfloat16", "bfloat16", "int8"),
+    Numerics("native", "bfloat16", "bfloat16", "int4"),
+    Numerics("native", "bfloat16", "int8"),
+]
+
+
+def each_numerics(*numerics: Numerics) -> Any:
+    """Parametrises a test over `numerics` (all by default); native ones are skipped where they were not built."""
+    reason = extension.missing()
+    return pytest.mark.parametrize(
+        "numerics",
+        [
+            pytest.param(
+                n,
+                id=n.name,
+                marks=pytest.mark.skipif(n.kernels == "native" and reason is not None, reason=str(reason)),
+            )
+            for n in numerics or (*REFERENCE, *NATIVE)
+        ],
+    )
+
+
+def page_bytes_of(program: Program, numerics: Numerics) -> int:
+    return kv_page_bytes(program.kv, numerics.kv_dtype, numerics.kernels, PAGE_SIZE)
+
+
+def prepared(
+    program: Program, weights: Mapping[str, NDArray[np.float32]], numerics: Numerics
+) -> Mapping[str, Any]:
+    """The weights as an executor takes them: rounded and packed where the numerics say so."""
+    if not numerics.weights:
+        return weights
+    packer = WeightPacker(
+        program, numerics.dtype, extension.thread_pool(1), roundings(program, numerics.weights)
+    )
+    return {spec.name: packer.pack(spec, [weights[spec.name]]) for spec in program.weights}
+
+
 def make_executor(
     config: ModelConfig,
+    numerics: Numerics | None = None,
     *,
-    dtype: str = "float32",
-    kv_dtype: str = "float32",
     num_threads: int = 1,
     weights: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> LocalExecutor:
     """An executor with random weights and 96 pages, of which three share a frame that has a gap."""
+    numerics = numerics or Numerics()
     program = build(config)
-    page_bytes = program.kv.page_elements(PAGE_SIZE) * (4 if kv_dtype == "float32" else 2)
     return LocalExecutor(
         program,
-        random_weights(program) if weights is None else weights,
+        prepared(program, random_weights(program) if weights is None else weights, numerics),
         rope_tables(config.head_dim),
         num_frames=32,
-        frame_bytes=3 * page_bytes + 64,
+        frame_bytes=3 * -(-page_bytes_of(program, numerics) // 64) * 64 + 64,
         pages_per_frame=3,
-        dtype=dtype,
-        kv_dtype=kv_dtype,
+        dtype=numerics.dtype,
+        kv_dtype=numerics.kv_dtype,
         num_threads=num_threads,
+        kernels=numerics.kernels,
+        isa=numerics.isa,
     )
 
 

@@ -150,6 +150,59 @@ def test_attention_oracle_is_softmax() -> None:
         assert spec.attention(query, keys, values, 0.2, first) == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("first", [0, 5, 130, 299])
+def test_narrow_attention_oracles_are_softmax(first: int) -> None:
+    query, keys, values = normal(24), normal(300, 24, seed=1), normal(300, 24, seed=2)
+
+    def softmax(stored_keys: Float32, stored_values: Float32) -> NDArray[np.float64]:
+        scaled = spec.bf16(query * np.float32(0.2)).astype(np.float64)
+        scores = stored_keys[first:].astype(np.float64) @ scaled
+        shares = np.exp(scores - scores.max())
+        result: NDArray[np.float64] = (shares / shares.sum()) @ stored_values[first:].astype(np.float64)
+        return result
+
+    # A share is rounded by 2^-9 of itself at most, so the result is by as much of the mean size of values.
+    rounded = spec.stored_bf16(keys), spec.stored_bf16(values)
+    found = spec.attention_bf16(query, *rounded, 0.2, first)
+    assert found == pytest.approx(softmax(*rounded), abs=2e-3)
+    narrow = [[spec.stored_int8(row) for row in side] for side in (keys, values)]
+    integers = [np.stack([x for x, _ in side]) for side in narrow]
+    scales = [np.array([scale for _, scale in side], np.float32) for side in narrow]
+    found = spec.attention_int8(query, (integers[0], scales[0]), (integers[1], scales[1]), 0.2, first)
+    expected = softmax(integers[0] * scales[0][:, None], integers[1] * scales[1][:, None])
+    assert found == pytest.approx(expected, abs=2e-3)
+    assert expected == pytest.approx(softmax(keys, values), abs=0.05)
+
+
+def test_attention_oracles_give_no_negative_zero() -> None:
+    query, keys, values = normal(8), normal(3, 8, seed=1), np.full((3, 8), -0.0, np.float32)
+    for oracle in (spec.attention, spec.attention_bf16):
+        assert not np.signbit(oracle(query, keys, values, 1.0)).any()
+
+
+def test_what_a_pool_keeps() -> None:
+    odd = np.array([np.nan, np.inf, -np.inf, 3.4e38, 1e-40, -2.5], np.float32)
+    largest = np.finfo(np.float32).max
+    assert spec.stored_fp32(odd).tolist() == [0, largest, -largest, odd[3], odd[4], -2.5]
+    assert spec.stored_bf16(odd)[:4].tolist() == [
+        0,
+        2.0**128 - 2.0**120,
+        2.0**120 - 2.0**128,
+        2.0**128 - 2.0**120,
+    ]
+    values = np.array([127, -127, 0.5, 1.5, -0.4, 0], np.float32)
+    rounded, scale = spec.stored_int8(values)
+    assert rounded.tolist() == [127, -127, 0, 2, 0, 0]
+    assert scale == 1
+    rounded, scale = spec.stored_int8(np.zeros(4, np.float32))
+    assert rounded.tolist() == [0] * 4
+    assert scale == 1
+    rounded, scale = spec.stored_int8(odd)
+    assert np.isfinite(rounded).all() and np.isfinite(scale)
+    # What is too small for a scale of its own.
+    assert spec.stored_int8(np.array([1e-45], np.float32))[1] == 1
+
+
 def test_log_sum_exp() -> None:
     logits = normal(2500) * 5
     exact = np.log(np.exp(logits.astype(np.float64)).sum())

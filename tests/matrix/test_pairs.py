@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.kernels.harness import NATIVE, Numerics, each_numerics
 from tests.matrix.workload import CONFIG, Outputs, Setup, base_requests, serve
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.policies.queue_order import QueueOrder
@@ -63,7 +64,6 @@ SETUPS: dict[str, dict[str, Any]] = {
     "company": {"during": company},
     "cancels": {"during": cancels},
     "urgent": {"during": urgent, "order": QueueOrder("priority")},
-    "bfloat16": {"dtype": "bfloat16"},
 }
 PARAMS: dict[str, dict[str, Any]] = {
     "sampled": {"temperature": 0.9},
@@ -102,26 +102,26 @@ FEATURES = [*SETUPS, *PARAMS, "bad_words", "tenants"]
 _plain: dict[Any, Outputs] = {}
 
 
-def plain(names: frozenset[str], seed: int) -> Outputs:
+def plain(names: frozenset[str], seed: int, numerics: Numerics) -> Outputs:
     """Each request alone, with the same parameters and arithmetic."""
-    key = (names, seed)
+    key = (names, seed, numerics)
     if key not in _plain:
-        dtype = "bfloat16" if "bfloat16" in names else "float32"
         outputs: Outputs = {}
         for request in changed(base_requests(seed), *names):
-            outputs |= serve(Setup(dtype=dtype), [request])
+            outputs |= serve(Setup(numerics=numerics), [request])
         _plain[key] = outputs
     return _plain[key]
 
 
+@each_numerics(Numerics(), *NATIVE[1:])
 @pytest.mark.parametrize(("one", "two"), list(itertools.combinations(FEATURES, 2)))
-def test_pair(one: str, two: str) -> None:
+def test_pair(one: str, two: str, numerics: Numerics) -> None:
     seed = FEATURES.index(one) % 3
     options = SETUPS.get(one, {}) | SETUPS.get(two, {})
     hooks: list[Callable[[Engine, int], None]] = [
         SETUPS[name]["during"] for name in (one, two) if "during" in SETUPS.get(name, {})
     ]
     options["during"] = lambda engine, step: [hook(engine, step) for hook in hooks]
-    names = frozenset({one, two} & ({*PARAMS, "bad_words", "tenants", "bfloat16"}))
-    outputs = serve(Setup(**options), changed(base_requests(seed), one, two))
-    assert outputs == plain(names, seed)
+    names = frozenset({one, two} & ({*PARAMS, "bad_words", "tenants"}))
+    outputs = serve(Setup(numerics=numerics, **options), changed(base_requests(seed), one, two))
+    assert outputs == plain(names, seed, numerics)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from tokenloom.engine.batch import PAGE_SIZE
+from tests.kernels.harness import Numerics, page_bytes_of, prepared
 from tokenloom.engine.engine import Engine, EngineLimits
 from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
 from tokenloom.engine.policies.queue_order import QueueOrder
@@ -60,7 +61,7 @@ class Setup:
     max_chunk_tokens: int = 0
     prefix_cache: bool = False
     order: QueueOrder = field(default_factory=QueueOrder)
-    dtype: str = "float32"
+    numerics: Numerics = field(default_factory=Numerics)
     during: Callable[[Engine, int], None] | None = None
 
 
@@ -80,19 +81,25 @@ class LetterStops:
         return next((stop for stop in self._params.stop if self._text.endswith(stop)), None)
 
 
+@functools.cache
+def _prepared(numerics: Numerics) -> Mapping[str, Any]:
+    return prepared(build(CONFIG), WEIGHTS, numerics)
+
+
 def make_engine(setup: Setup) -> Engine:
     program = build(CONFIG)
-    item = 2 if setup.dtype == "bfloat16" else 4
-    page_bytes = program.kv.page_elements(PAGE_SIZE) * item
+    numerics = setup.numerics
     executor = LocalExecutor(
         program,
-        WEIGHTS,
+        _prepared(numerics),
         ROPE,
         num_frames=setup.num_pages,
-        frame_bytes=page_bytes,
+        frame_bytes=page_bytes_of(program, numerics),
         pages_per_frame=1,
-        dtype=setup.dtype,
-        kv_dtype=setup.dtype,
+        dtype=numerics.dtype,
+        kv_dtype=numerics.kv_dtype,
+        num_threads=1 if numerics.kernels == "reference" else 2,
+        kernels=numerics.kernels,
     )
     limits = EngineLimits(
         vocab_size=CONFIG.vocab_size,

@@ -27,7 +27,7 @@ def test_greedy_tokens_equal_transformers(name: str) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     reference = transformers.AutoModelForCausalLM.from_pretrained(EMBEDDED / name, dtype=torch.float32)
-    with LLM(str(EMBEDDED / name)) as llm:
+    with LLM(str(EMBEDDED / name), dtype="float32") as llm:
         params = SamplingParams(temperature=0.0, max_tokens=120, ignore_eos=True)
         outputs = llm.chat(PROMPTS, params) + llm.generate(["Once upon a time", "The cat"], params)
     for output in outputs:

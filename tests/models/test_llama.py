@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.kernels.harness import MAX_CONTEXT, Entry, Run, make_batch, rope_tables, small_config, step
+from tests.kernels.harness import (
+    MAX_CONTEXT,
+    NATIVE,
+    Entry,
+    Numerics,
+    Run,
+    each_numerics,
+    make_batch,
+    page_bytes_of,
+    rope_tables,
+    small_config,
+    step,
+)
 from tokenloom.engine.batch import PAGE_SIZE
 from tokenloom.models.config import ModelConfig
 from tokenloom.models.llama import build
@@ -16,6 +28,8 @@ from tokenloom.runtime.local import LocalExecutor
 
 torch = pytest.importorskip("torch", reason="torch is the oracle here")
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
+
+FLOAT32 = (Numerics(), NATIVE[0])
 
 SHAPES: dict[str, dict[str, Any]] = {
     "grouped": {},
@@ -61,42 +75,46 @@ def hugging_face(config: ModelConfig) -> Any:
     return model.eval()
 
 
-def executor_of(config: ModelConfig, model: Any, **options: Any) -> LocalExecutor:
+def executor_of(config: ModelConfig, model: Any, numerics: Numerics, num_threads: int = 2) -> LocalExecutor:
     program = build(config)
     state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
     weights = {spec.name: np.concatenate([state[name] for name in spec.sources]) for spec in program.weights}
-    page_bytes = program.kv.page_elements(PAGE_SIZE) * 4
     return LocalExecutor(
         program,
         weights,
         rope_tables(config.head_dim),
         num_frames=40,
-        frame_bytes=page_bytes,
+        frame_bytes=page_bytes_of(program, numerics),
         pages_per_frame=1,
-        **options,
+        dtype=numerics.dtype,
+        kv_dtype=numerics.kv_dtype,
+        num_threads=num_threads,
+        kernels=numerics.kernels,
+        isa=numerics.isa,
     )
 
 
 def logits_of(executor: LocalExecutor, tokens: list[int], chunk: int) -> NDArray[np.float32]:
     """Teacher-forced logits [n, vocabulary], the text cut into chunks."""
-    interpreter, sampler = executor._opened()
     pages = list(range(39, 39 - len(tokens) // PAGE_SIZE - 1, -1))
     found = []
     for start in range(0, len(tokens), chunk):
         run = Run(tokens, start, min(start + chunk, len(tokens)), pages)
-        hidden = interpreter.run(make_batch([run]))
-        found += [sampler.logits(hidden[i : i + 64]).copy() for i in range(0, len(hidden), 64)]
+        step(executor, make_batch([run]))
+        rows = np.arange(run.end - run.start, dtype=np.int32)
+        found += [executor.backend.logits(rows[i : i + 64]).copy() for i in range(0, len(rows), 64)]
     return np.concatenate(found)
 
 
+@each_numerics(*FLOAT32)
 @pytest.mark.parametrize("name", SHAPES)
-def test_logits(name: str) -> None:
+def test_logits(name: str, numerics: Numerics) -> None:
     config = small_config(**SHAPES[name])
     model = hugging_face(config)
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, 200).tolist()
     with torch.no_grad():
         expected = model(torch.tensor([tokens])).logits[0].numpy()
-    found = logits_of(executor_of(config, model), tokens, 90)
+    found = logits_of(executor_of(config, model, numerics), tokens, 90)
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     best = np.sort(expected, axis=1)
@@ -105,10 +123,11 @@ def test_logits(name: str) -> None:
     assert (found.argmax(axis=1) == expected.argmax(axis=1))[clear].all()
 
 
-def test_greedy_generation() -> None:
+@each_numerics(*FLOAT32)
+def test_greedy_generation(numerics: Numerics) -> None:
     config = small_config(**SHAPES["larger"])
     model = hugging_face(config)
-    executor = executor_of(config, model)
+    executor = executor_of(config, model, numerics)
     prompt = np.random.default_rng(2).integers(0, config.vocab_size, 20).tolist()
     tokens = list(prompt)
     for _ in range(30):
@@ -125,14 +144,19 @@ def test_greedy_generation() -> None:
             assert tokens[position] == first
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
-def test_bfloat16_stays_near(kv_dtype: str) -> None:
+@each_numerics(
+    Numerics(dtype="bfloat16"),
+    Numerics(dtype="bfloat16", kv_dtype="bfloat16"),
+    Numerics("native", "bfloat16"),
+    Numerics("native", "bfloat16", "bfloat16"),
+    Numerics("native", "bfloat16", "int8"),
+)
+def test_bfloat16_stays_near(numerics: Numerics) -> None:
     config = small_config()
     model = hugging_face(config)
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, 60).tolist()
-    expected = logits_of(executor_of(config, model), tokens, 60)
-    options = {"dtype": "bfloat16", "kv_dtype": kv_dtype, "num_threads": 1}
-    found = logits_of(executor_of(config, model, **options), tokens, 60)
+    expected = logits_of(executor_of(config, model, Numerics()), tokens, 60)
+    found = logits_of(executor_of(config, model, numerics, 1), tokens, 60)
     assert 0 < np.abs(found - expected).mean() < 0.02 * np.abs(expected).mean() + 0.02
 
 
@@ -143,6 +167,6 @@ def test_float16_weights_are_exact() -> None:
         for parameter in model.parameters():
             parameter.copy_(parameter.half().float())
     tokens = list(range(40))
-    expected = logits_of(executor_of(config, model), tokens, 40)
-    half = executor_of(config, model.half(), dtype="float16")
+    expected = logits_of(executor_of(config, model, Numerics()), tokens, 40)
+    half = executor_of(config, model.half(), Numerics(dtype="float16", kv_dtype="float32"))
     assert (logits_of(half, tokens, 40) == expected).all()

@@ -296,7 +296,7 @@ def test_rounded_weights_have_their_own_identity(tmp_path: Path) -> None:
     identities, fingerprints, logprobs = set(), set(), set()
     params = SamplingParams(temperature=0.0, max_tokens=4, logprobs=0, ignore_eos=True)
     for weights in ("auto", "int8", "int4"):
-        with LLM(str(directory), weights=weights, num_pages=64) as llm:
+        with LLM(str(directory), kernels="reference", weights=weights, num_pages=64) as llm:
             identities.add(llm._parts.engine.limits.identity)
             fingerprints.add(llm.card.numerics_id)
             logprobs.add(llm.generate("Once upon", params)[0].outputs[0].cumulative_logprob)

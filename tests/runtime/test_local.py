@@ -10,6 +10,7 @@ import pytest
 
 from tests.kernels.harness import (
     Entry,
+    Numerics,
     Run,
     answers,
     ask,
@@ -98,7 +99,7 @@ def test_an_error_while_computing_reaches_collect(runner: LocalExecutor) -> None
 
 def test_numerics_id_names_the_formats() -> None:
     ids = {
-        make_executor(small_config(), dtype=dtype, kv_dtype=kv_dtype).numerics_id
+        make_executor(small_config(), Numerics(dtype=dtype, kv_dtype=kv_dtype)).numerics_id
         for dtype, kv_dtype in (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"))
     }
     assert len(ids) == 3
@@ -109,7 +110,7 @@ def test_numerics_id_names_the_formats() -> None:
 @pytest.mark.parametrize(("dtype", "kv_dtype"), [("float8", "float32"), ("float32", "int8")])
 def test_unknown_formats_are_refused_by_name(dtype: str, kv_dtype: str) -> None:
     with pytest.raises(UnsupportedFeature, match="float8|int8"):
-        make_executor(small_config(), dtype=dtype, kv_dtype=kv_dtype)
+        make_executor(small_config(), Numerics(dtype=dtype, kv_dtype=kv_dtype))
 
 
 def test_weights_must_have_the_shapes_of_the_program() -> None:

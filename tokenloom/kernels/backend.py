@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tokenloom.engine.batch import StepResult, TokenBatch
 from tokenloom.errors import UnsupportedFeature
 from tokenloom.kernels.native import extension
@@ -25,6 +28,9 @@ class Backend(Protocol):
     def numerics_id(self) -> str: ...
 
     def run(self, batch: TokenBatch) -> StepResult: ...
+
+    def logits(self, rows: NDArray[np.int32]) -> NDArray[np.float32]:
+        """fp32 [n, vocabulary]: logits of at most 64 rows of the last batch."""
 
     def close(self) -> None: ...
 

@@ -11,8 +11,8 @@ What the order is made of, and why each machine can follow it:
 * bf16 sums of products run over pairs, the odd element first, each a fused multiply-add whose denormal inputs
   and results count as zero; the product itself is never flushed. A result is denormal if it is below 2^-126
   after rounding to 24 bits with an unbounded exponent, as SSE's flush to zero has it. This is what VDPBF16PS
-  does (checked on hardware with products and results around the underflow threshold). A multiplication and an addition, each with
-  flushed denormals, differ from it only where a product is below 2^-126.
+  does (checked on hardware with products and results around the underflow threshold). A multiplication and an
+  addition, each with flushed denormals, differ from it only where a product is below 2^-126.
 * Sums without products (softmax denominators, squares) run in 16 lanes, element i in lane i mod 16, and the
   lanes are then folded: i and i + 8, then i and i + 4, i + 2, i + 1.
 * Division and square root are IEEE. exp and log are the functions given here. No other contraction of a
@@ -112,11 +112,11 @@ def linear_bf16(source: Float32, weight: Float32) -> Float32:
 
 def quantize_row(source: Float32) -> tuple[NDArray[np.int8], np.float32]:
     """fp32 [K] -> int8 [K] in [-127, 127], scale: q = x / scale rounded to even, scale = max |x| / 127 (1
-    where that is 0), both fp32 divisions. A row that is not finite is garbage, but the same everywhere: NaN
+    where that is below 2^-126), both fp32 divisions. A row that is not finite is garbage, but the same everywhere: NaN
     does not count in the maximum and becomes -127, and an infinite scale makes 0 of finite numbers and -127
     of infinite ones."""
     scale = np.fmax.reduce(np.abs(source), initial=np.float32(0)) / np.float32(127)
-    scale = np.float32(1) if scale == 0 else np.float32(scale)
+    scale = np.float32(1) if scale < _SMALLEST_NORMAL else np.float32(scale)
     with np.errstate(invalid="ignore"):
         scaled = np.rint(source / scale)
     scaled = np.where(scaled > -127, np.minimum(scaled, np.float32(127)), np.float32(-127))

@@ -156,7 +156,8 @@ TL_NOINLINE void pack_queries(const AttentionTables& plan, const AttentionBlock&
 // --- scores ---------------------------------------------------------------------------------------------
 
 template <bool kPairs, int R, int P>
-TL_INLINE void score_tile(const uint32_t* q, int64_t steps, const uint8_t* const* k, float* scores) {
+TL_INLINE void score_tile(const uint32_t* q, int64_t steps, const uint8_t* const* k, const uint8_t* const* ahead,
+                          float* scores) {
     F acc[R][P];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
@@ -165,7 +166,10 @@ TL_INLINE void score_tile(const uint32_t* q, int64_t steps, const uint8_t* const
     for (int64_t step = 0; step < steps; ++step) {
         I keys[P];
 #pragma GCC unroll 16
-        for (int p = 0; p < P; ++p) keys[p] = iload(k[p] + step * 64);
+        for (int p = 0; p < P; ++p) {
+            keys[p] = iload(k[p] + step * 64);
+            prefetch(ahead[p] + step * 64);
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
             I query = iset((int32_t)q[step * kQueryTile + r]);
@@ -181,25 +185,30 @@ TL_INLINE void score_tile(const uint32_t* q, int64_t steps, const uint8_t* const
         for (int p = 0; p < P; ++p) store(scores + r * kSplit + p * kPageSize, acc[r][p]);
 }
 
-// Some pages at a time; the last ones may be worked on twice, which does no harm.
+// As many pages at a time as there are registers for.
 template <bool kPairs, int R>
-TL_INLINE void score_rows(const uint32_t* q, int64_t steps, const uint8_t* const* k, Pages pages, float* scores) {
+TL_INLINE void score_rows(const uint32_t* q, int64_t steps, const uint8_t* const* k, const uint8_t* const* ahead,
+                          Pages pages, float* scores) {
     constexpr int kMost = kScoreVectors / R >= 8 ? 8 : kScoreVectors / R >= 4 ? 4 : kScoreVectors / R >= 2 ? 2 : 1;
     int p = pages.begin;
     if constexpr (kMost >= 8)
-        for (; pages.end - p >= 8; p += 8) score_tile<kPairs, R, 8>(q, steps, k + p, scores + p * kPageSize);
+        for (; pages.end - p >= 8; p += 8) score_tile<kPairs, R, 8>(q, steps, k + p, ahead + p, scores + p * kPageSize);
     if constexpr (kMost >= 4)
-        for (; pages.end - p >= 4; p += 4) score_tile<kPairs, R, 4>(q, steps, k + p, scores + p * kPageSize);
+        for (; pages.end - p >= 4; p += 4) score_tile<kPairs, R, 4>(q, steps, k + p, ahead + p, scores + p * kPageSize);
     if constexpr (kMost >= 2)
-        for (; pages.end - p >= 2; p += 2) score_tile<kPairs, R, 2>(q, steps, k + p, scores + p * kPageSize);
-    for (; p < pages.end; ++p) score_tile<kPairs, R, 1>(q, steps, k + p, scores + p * kPageSize);
+        for (; pages.end - p >= 2; p += 2) score_tile<kPairs, R, 2>(q, steps, k + p, ahead + p, scores + p * kPageSize);
+    for (; p < pages.end; ++p) score_tile<kPairs, R, 1>(q, steps, k + p, ahead + p, scores + p * kPageSize);
 }
 
 template <bool kPairs>
-TL_NOINLINE void score(int rows, const uint32_t* q, int64_t steps, const uint8_t* const* k, Pages pages, float* scores) {
+TL_NOINLINE void score(int rows, const uint32_t* q, int64_t steps, const uint8_t* const* k, const uint8_t* const* ahead,
+                       Pages pages, float* scores) {
     for (int r = 0; r < rows; r += kScoreRows, q += kScoreRows, scores += kScoreRows * kSplit) {
         int n = smaller(rows - r, kScoreRows);
-#define TL_ROWS(N) case N: if constexpr (N <= kScoreRows) score_rows<kPairs, N>(q, steps, k, pages, scores); break;
+#define TL_ROWS(N)                                                                                              \
+    case N:                                                                                                     \
+        if constexpr (N <= kScoreRows) score_rows<kPairs, N>(q, steps, k, ahead, pages, scores);                \
+        break;
         switch (n) {
             TL_ROWS(1) TL_ROWS(2) TL_ROWS(3) TL_ROWS(4) TL_ROWS(5) TL_ROWS(6)
             TL_ROWS(7) TL_ROWS(8) TL_ROWS(9) TL_ROWS(10) TL_ROWS(11) TL_ROWS(12)
@@ -225,73 +234,79 @@ TL_INLINE F exp_of_negative(F x) {
     y = fma(y, r, set(5.0000001201e-1f));
     y = fma(y, mul(r, r), r);
     y = add(y, set(1.0f));
-    y = mul(y, as_float(shl<23>(iadd(to_int(n), iset(127)))));
-    return select(lt(x, low), zero(), y);
+    return select(lt(x, low), zero(), scale_by_power(y, n));
 }
 
-// Denormals as zero, rounded to bf16.
-TL_INLINE void store_share(uint16_t* p, F x) {
-    store_bf16(p, select(lt(x, set(1.17549435e-38f)), zero(), x));
-}
-
-// One query vector: scores [128] -> shares, their maximum and sum. Only pages [pages.begin, pages.end) of
-// `scores` are filled, and the same ones of `shares` become so.
-template <KVFormat kFormat>
-TL_INLINE void softmax_row(float* scores, float* shares, Seen seen, Pages pages, const float* const* scales,
-                           float* best, float* total) {
-    const int begin = seen.first / kPageSize, end = seen.last / kPageSize + 1;
-    const bool sees = seen.first <= seen.last;
-    if (!sees) {
-        *best = -__builtin_inff();
-        *total = 0;
-    } else {
-        if constexpr (kFormat == KVFormat::i8)
-            for (int p = begin; p < end; ++p)
-                store(scores + p * kPageSize, mul(load(scores + p * kPageSize), load(scales[p])));
-        if (seen.last % kPageSize != kPageSize - 1) {
-            float* edge = scores + seen.last / kPageSize * kPageSize;
-            store(edge, select(first(seen.last % kPageSize + 1), load(edge), set(-__builtin_inff())));
-        }
-        if (seen.first % kPageSize) {
-            float* edge = scores + seen.first / kPageSize * kPageSize;
-            store(edge, select(first(seen.first % kPageSize), set(-__builtin_inff()), load(edge)));
-        }
-        F high = load(scores + begin * kPageSize);
-        for (int p = begin + 1; p < end; ++p) high = max(high, load(scores + p * kPageSize));
-        *best = max_lane(high);
-        const F shift = set(*best);
-        F lanes = zero();
-        for (int p = begin; p < end; ++p) {
-            F share = exp_of_negative(sub(load(scores + p * kPageSize), shift));
-            lanes = add(lanes, share);
-            if constexpr (kFormat == KVFormat::f32)
-                store(shares + p * kPageSize, share);
-            else if constexpr (kFormat == KVFormat::bf16)
-                store_share((uint16_t*)shares + p * kPageSize, share);
-            else
-                store_share((uint16_t*)shares + p * kPageSize, mul(share, load(scales[p] + kPageSize)));
-        }
-        *total = sum(lanes);
-    }
+// Scores of keys that a query vector does not see become -infinity, in pages [begin, end).
+TL_INLINE void mask_row(float* scores, Seen seen, Pages pages) {
+    const F never = set(-__builtin_inff());
     for (int p = pages.begin; p < pages.end; ++p) {
-        if (sees && p >= begin && p < end) continue;
-        if constexpr (kFormat == KVFormat::f32)
-            store(shares + p * kPageSize, zero());
-        else
-            store_share((uint16_t*)shares + p * kPageSize, zero());
+        const int before = seen.first - p * kPageSize, after = seen.last + 1 - p * kPageSize;
+        if (before <= 0 && after >= kPageSize) continue;
+        float* at = scores + p * kPageSize;
+        F x = select(first(larger(after, 0)), load(at), never);
+        store(at, select(first(larger(before, 0)), never, x));
+    }
+}
+
+TL_INLINE void scale_scores(int rows, Pages pages, const float* const* scales, const Scratch& s) {
+    for (int p = pages.begin; p < pages.end; ++p) {
+        const F scale = load(scales[p]);
+        for (int r = 0; r < rows; ++r) {
+            float* at = s.scores + r * kSplit + p * kPageSize;
+            store(at, mul(load(at), scale));
+        }
+    }
+}
+
+// Scores [rows][128] -> shares, their maxima and sums, over n pages from `begin` on.
+template <KVFormat kFormat>
+TL_INLINE void softmax_pages(int rows, int begin, int n, const float* const* scales, const Scratch& s, Partial out) {
+    const F lowest = set(kLowest);
+    float* scores = s.scores + begin * kPageSize;
+    for (int r = 0; r < rows; ++r) {
+        const float* row = scores + r * kSplit;
+        F high = load(row);
+        for (int p = 1; p < n; ++p) high = max(high, load(row + p * kPageSize));
+        out.best[r] = max_lane(high);
+    }
+    for (int r = 0; r < rows; ++r) {
+        const float* row = scores + r * kSplit;
+        const F shift = max(set(out.best[r]), lowest);
+        F lanes = zero();
+        for (int p = 0; p < n; ++p) {
+            F share = exp_of_negative(sub(load(row + p * kPageSize), shift));
+            lanes = add(lanes, share);
+            const int at = (begin + p) * kPageSize;
+            if constexpr (kFormat == KVFormat::f32)
+                store(s.shares + r * kSplit + at, share);
+            else if constexpr (kFormat == KVFormat::bf16)
+                store_bf16_flushed((uint16_t*)(s.shares + r * kSplit) + at, share);
+            else
+                store_bf16_flushed((uint16_t*)(s.shares + r * kSplit) + at, mul(share, load(scales[begin + p] + kPageSize)));
+        }
+        out.total[r] = sum(lanes);
     }
 }
 
 template <KVFormat kFormat>
 TL_NOINLINE void softmax(const AttentionTables& plan, const AttentionBlock& block, Tile tile, int split, Pages pages,
                          const float* const* scales, const Scratch& s, Partial out) {
-    for (int v = tile.begin; v < tile.end; ++v) {
-        int r = v - tile.begin;
-        softmax_row<kFormat>(s.scores + r * kSplit, s.shares + r * kSplit,
-                             seen_keys(plan, block.row_begin + v / plan.group, split), pages, scales, out.best + r,
-                             out.total + r);
+    const int rows = tile.end - tile.begin, n = pages.end - pages.begin;
+    if constexpr (kFormat == KVFormat::i8) scale_scores(rows, pages, scales, s);
+    int row = tile.begin / plan.group, head = tile.begin % plan.group;
+    Seen seen = seen_keys(plan, block.row_begin + row, split);
+    for (int r = 0; r < rows; ++r) {
+        if (seen.first > pages.begin * kPageSize || seen.last < pages.end * kPageSize - 1)
+            mask_row(s.scores + r * kSplit, seen, pages);
+        if (++head == plan.group && r + 1 < rows) {
+            head = 0;
+            seen = seen_keys(plan, block.row_begin + ++row, split);
+        }
     }
-    for (int r = tile.end - tile.begin; r < kLanes; ++r) {
+    if (n == kSplitPages) softmax_pages<kFormat>(rows, 0, kSplitPages, scales, s, out);
+    else softmax_pages<kFormat>(rows, pages.begin, n, scales, s, out);
+    for (int r = rows; r < kLanes; ++r) {
         out.best[r] = -__builtin_inff();
         out.total[r] = 0;
     }
@@ -300,8 +315,8 @@ TL_NOINLINE void softmax(const AttentionTables& plan, const AttentionBlock& bloc
 // --- products -------------------------------------------------------------------------------------------
 
 template <bool kPairs, int R, int C>
-TL_INLINE void product_tile(const float* shares, const uint8_t* const* v, int64_t v_stride, Pages pages, float* out,
-                            int64_t out_stride) {
+TL_INLINE void product_tile(const float* shares, const uint8_t* const* v, const uint8_t* const* ahead,
+                            int64_t v_stride, Pages pages, float* out, int64_t out_stride) {
     constexpr int kSteps = kPairs ? kPageSize / 2 : kPageSize;
     F acc[R][C];
 #pragma GCC unroll 16
@@ -310,11 +325,15 @@ TL_INLINE void product_tile(const float* shares, const uint8_t* const* v, int64_
         for (int c = 0; c < C; ++c) acc[r][c] = zero();
     for (int p = pages.begin; p < pages.end; ++p) {
         const uint8_t* values = v[p];
+        const int64_t next = ahead[p] - values;
         const uint32_t* share = (const uint32_t*)shares + p * kSteps;
         for (int step = 0; step < kSteps; ++step, values += v_stride) {
             I value[C];
 #pragma GCC unroll 16
-            for (int c = 0; c < C; ++c) value[c] = iload(values + c * 64);
+            for (int c = 0; c < C; ++c) {
+                value[c] = iload(values + c * 64);
+                prefetch(values + next + c * 64);
+            }
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
                 I x = iset((int32_t)share[r * kSplit + step]);
@@ -332,14 +351,15 @@ TL_INLINE void product_tile(const float* shares, const uint8_t* const* v, int64_
 }
 
 template <bool kPairs, int C>
-TL_INLINE void product_rows(int rows, const float* shares, const uint8_t* const* v, int64_t v_stride, Pages pages,
-                            float* out, int64_t out_stride) {
+TL_INLINE void product_rows(int rows, const float* shares, const uint8_t* const* v, const uint8_t* const* ahead,
+                            int64_t v_stride, Pages pages, float* out, int64_t out_stride) {
     while (rows > 0) {
         // 7 vectors as 4 and 3, not as 6 and 1: a short tile waits for its own sums.
         int n = rows > kProductRows && rows < 2 * kProductRows ? (rows + 1) / 2 : smaller(rows, kProductRows);
-#define TL_ROWS(N)                                                                              \
-    case N:                                                                                     \
-        if constexpr (N <= kProductRows) product_tile<kPairs, N, C>(shares, v, v_stride, pages, out, out_stride); \
+#define TL_ROWS(N)                                                                                              \
+    case N:                                                                                                     \
+        if constexpr (N <= kProductRows)                                                                        \
+            product_tile<kPairs, N, C>(shares, v, ahead, v_stride, pages, out, out_stride);                     \
         break;
         switch (n) { TL_ROWS(1) TL_ROWS(2) TL_ROWS(3) TL_ROWS(4) TL_ROWS(5) TL_ROWS(6) }
 #undef TL_ROWS
@@ -350,23 +370,31 @@ TL_INLINE void product_rows(int rows, const float* shares, const uint8_t* const*
 }
 
 template <bool kPairs>
-TL_NOINLINE void product(int rows, const float* shares, const uint8_t* const* v, int dim16, Pages pages, float* out) {
+TL_NOINLINE void product(int rows, const float* shares, const uint8_t* const* v, const uint8_t* const* ahead, int dim16,
+                         Pages pages, float* out) {
     const int64_t v_stride = dim16 * 4;
     int left = dim16 / kLanes;
     const uint8_t* values[kSplitPages];
-    for (int p = pages.begin; p < pages.end; ++p) values[p] = v[p];
+    const uint8_t* next[kSplitPages];
+    for (int p = pages.begin; p < pages.end; ++p) {
+        values[p] = v[p];
+        next[p] = ahead[p];
+    }
     while (left) {
         int n = left > kProductVectors && left < 2 * kProductVectors ? (left + 1) / 2 : smaller(left, kProductVectors);
 #define TL_VECTORS(N)                                                                            \
     case N:                                                                                      \
         if constexpr (N <= kProductVectors)                                                      \
-            product_rows<kPairs, N>(rows, shares, values, v_stride, pages, out, dim16);          \
+            product_rows<kPairs, N>(rows, shares, values, next, v_stride, pages, out, dim16);    \
         break;
         switch (n) { TL_VECTORS(1) TL_VECTORS(2) TL_VECTORS(3) TL_VECTORS(4) }
 #undef TL_VECTORS
         left -= n;
         out += n * kLanes;
-        for (int p = pages.begin; p < pages.end; ++p) values[p] += n * 64;
+        for (int p = pages.begin; p < pages.end; ++p) {
+            values[p] += n * 64;
+            next[p] += n * 64;
+        }
     }
 }
 
@@ -423,12 +451,13 @@ TL_NOINLINE void finish(const AttentionTables& plan, const AttentionBlock& block
 
 // --- pages ----------------------------------------------------------------------------------------------
 
-// 16 pairs of int8 as pairs of bf16.
+// 16 pairs of int8 as pairs of bf16: a byte + 128 in the fraction of 2^15 or 2^23, less what it stands for.
 TL_INLINE I widen_pairs(const uint8_t* p) {
-    I x = as_int(load_bf16((const uint16_t*)p));
-    I odd = as_int(to_float(sar<24>(x)));
-    I even = as_int(to_float(sar<24>(shl<8>(x))));
-    return ior(iand(odd, iset((int32_t)0xffff0000u)), shr<16>(even));
+    const I byte = iset(0xff), upper = iset((int32_t)0xffff0000u);
+    const I x = ixor(load_u16((const uint16_t*)p), iset(0x8080));
+    F odd = sub(as_float(ior(iand(x, shl<8>(byte)), iset(0x47000000))), set(32768.0f + 128.0f));
+    F even = sub(as_float(ior(iand(x, byte), iset(0x4b000000))), set(8388608.0f + 128.0f));
+    return ior(iand(as_int(odd), upper), shr<16>(as_int(even)));
 }
 
 TL_NOINLINE void expand_page(const AttentionTables& plan, const uint8_t* page, uint8_t* out) {
@@ -472,15 +501,34 @@ struct Split {
     const uint8_t* keys[kSplitPages];
     const uint8_t* values[kSplitPages];
     const float* scales[kSplitPages];
+    const uint8_t* ahead[kSplitPages];  // what will be read after V: the keys of the next split
     int count;
 };
 
+TL_INLINE int count_pages(const AttentionBlock& block, int split) {
+    int64_t left = block.num_pages - (int64_t)split * kSplitPages;
+    return left < kSplitPages ? (int)left : kSplitPages;
+}
+
 TL_INLINE void find_pages(const AttentionTables& plan, const AttentionBlock& block, int64_t head_offset, int split,
                           Split* out) {
-    int64_t begin = (int64_t)split * kSplitPages;
-    int64_t left = block.num_pages - begin;
-    out->count = left < kSplitPages ? (int)left : kSplitPages;
-    for (int p = 0; p < out->count; ++p) out->pages[p] = plan.pages[block.first_page + begin + p] + head_offset;
+    const uint8_t* const* pages = plan.pages + block.first_page + (int64_t)split * kSplitPages;
+    out->count = count_pages(block, split);
+    for (int p = 0; p < out->count; ++p) out->pages[p] = pages[p] + head_offset;
+}
+
+// The next split's pages, or those that the next task of this thread will likely begin with.
+TL_INLINE void look_ahead(const AttentionTables& plan, const AttentionShape& shape, int64_t task, int split, Split* out) {
+    const AttentionTask* next = plan.tasks + task;
+    if (++split == next->split_end) {
+        if (task + plan.num_threads < plan.task_count) next += plan.num_threads;
+        split = next->split_begin;
+    }
+    const AttentionBlock& block = plan.blocks[next->block];
+    const int64_t head_offset = shape.layer * plan.layer_bytes + next->kv_head * plan.head_bytes;
+    const uint8_t* const* pages = plan.pages + block.first_page + (int64_t)split * kSplitPages;
+    const int last = count_pages(block, split) - 1;
+    for (int p = 0; p < kSplitPages; ++p) out->ahead[p] = pages[smaller(p, last)] + head_offset;
 }
 
 // Replaces pages by copies that hold the row's tree keys.
@@ -528,16 +576,16 @@ TL_INLINE void attend_tile(const AttentionTables& plan, const AttentionBlock& bl
     const uint32_t* q = (const uint32_t*)(s.queries + t * query_bytes(plan));
     if constexpr (kPairs) {
         FlushDenormals guard;
-        score<kPairs>(rows, q, depth_steps(plan), found.keys, pages, s.scores);
+        score<kPairs>(rows, q, depth_steps(plan), found.keys, found.values, pages, s.scores);
     } else {
-        score<kPairs>(rows, q, depth_steps(plan), found.keys, pages, s.scores);
+        score<kPairs>(rows, q, depth_steps(plan), found.keys, found.values, pages, s.scores);
     }
     softmax<kFormat>(plan, block, tile, split, pages, found.scales, s, out);
     if constexpr (kPairs) {
         FlushDenormals guard;
-        product<kPairs>(rows, s.shares, found.values, plan.dim16, pages, out.weighted);
+        product<kPairs>(rows, s.shares, found.values, found.ahead, plan.dim16, pages, out.weighted);
     } else {
-        product<kPairs>(rows, s.shares, found.values, plan.dim16, pages, out.weighted);
+        product<kPairs>(rows, s.shares, found.values, found.ahead, plan.dim16, pages, out.weighted);
     }
 }
 
@@ -567,9 +615,9 @@ TL_INLINE void attend_split(const AttentionTables& plan, const AttentionBlock& b
 }
 
 template <KVFormat kFormat>
-TL_NOINLINE void run_task(const AttentionTables& plan, const AttentionShape& shape, const AttentionTask& task,
-                          const float* q, int64_t q_stride, void* out, int64_t out_stride, Dtype dtype,
-                          const Scratch& s) {
+TL_NOINLINE void run_task(const AttentionTables& plan, const AttentionShape& shape, int64_t index, const float* q,
+                          int64_t q_stride, void* out, int64_t out_stride, Dtype dtype, const Scratch& s) {
+    const AttentionTask& task = plan.tasks[index];
     const AttentionBlock& block = plan.blocks[task.block];
     const int64_t head_offset = shape.layer * plan.layer_bytes + task.kv_head * plan.head_bytes;
     const int tiles = count_tiles(plan, block);
@@ -583,6 +631,7 @@ TL_NOINLINE void run_task(const AttentionTables& plan, const AttentionShape& sha
     for (int split = task.split_begin; split < task.split_end; ++split) {
         float* partials = whole ? 0 : plan.partials + task.partial + (split - task.split_begin) * tiles * tile_floats(plan);
         Split found;
+        look_ahead(plan, shape, index, split, &found);
         if (split < block.shared_end) {
             find_pages(plan, block, head_offset, split, &found);
             attend_split<kFormat>(plan, block, 0, tiles, split, &found, s, partials);
@@ -605,13 +654,12 @@ TL_NOINLINE void run_task(const AttentionTables& plan, const AttentionShape& sha
 void run(const AttentionTables& plan, const AttentionShape& shape, int64_t task, const float* q, int64_t q_stride,
          void* out, int64_t out_stride, Dtype out_dtype, uint8_t* scratch) {
     const Scratch s = lay_out(plan, scratch);
-    const AttentionTask& found = plan.tasks[task];
     if (plan.format == KVFormat::f32)
-        run_task<KVFormat::f32>(plan, shape, found, q, q_stride, out, out_stride, out_dtype, s);
+        run_task<KVFormat::f32>(plan, shape, task, q, q_stride, out, out_stride, out_dtype, s);
     else if (plan.format == KVFormat::bf16)
-        run_task<KVFormat::bf16>(plan, shape, found, q, q_stride, out, out_stride, out_dtype, s);
+        run_task<KVFormat::bf16>(plan, shape, task, q, q_stride, out, out_stride, out_dtype, s);
     else
-        run_task<KVFormat::i8>(plan, shape, found, q, q_stride, out, out_stride, out_dtype, s);
+        run_task<KVFormat::i8>(plan, shape, task, q, q_stride, out, out_stride, out_dtype, s);
 }
 
 void merge(const AttentionTables& plan, const AttentionShape&, int64_t merge, void* out, int64_t out_stride,

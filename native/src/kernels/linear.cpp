@@ -48,6 +48,19 @@ struct StepBF16 {
     TL_INLINE F step(F sum, I weight, I source) { return dot_bf16(sum, weight, source); }
 };
 
+struct StepI8 {
+    typedef Nothing Mode;
+    typedef I Sum;
+    typedef I Weight;
+    TL_INLINE I none() { return izero(); }
+    TL_INLINE I from(const float* p) { return iload(p); }
+    TL_INLINE void to(float* p, I sum) { istore(p, sum); }
+    TL_INLINE I weight(const uint8_t* p) { return iload(p); }
+    TL_INLINE I source(const uint8_t* p) { return iset(*(const int32_t*)p); }
+    TL_INLINE I last(const uint8_t* p) { return source(p); }
+    TL_INLINE I step(I sum, I weight, I source) { return dot_u8s8(sum, weight, source); }
+};
+
 // A run of steps for one register tile.
 struct Run {
     const uint8_t* weight;  // of the first panel
@@ -120,24 +133,103 @@ TL_NOINLINE void multiply(const Run& run) {
     }
 }
 
-template <class Step, int PANELS>
-static void multiply_rows(const Run& run, int rows) {
-    static_assert(kMaxTileRows <= 12, "more tile heights");
-#define TL_HEIGHT(n) \
-    case n: multiply<Step, (n < kMaxTileRows ? n : kMaxTileRows), PANELS>(run); break;
-    switch (rows) {
-        TL_HEIGHT(1) TL_HEIGHT(2) TL_HEIGHT(3) TL_HEIGHT(4) TL_HEIGHT(5) TL_HEIGHT(6)
-        TL_HEIGHT(7) TL_HEIGHT(8) TL_HEIGHT(9) TL_HEIGHT(10) TL_HEIGHT(11) TL_HEIGHT(12)
+// What an i4 product needs beyond a run: the sums of the quantised rows, per group.
+struct Groups {
+    int64_t count;
+    int64_t pairs;         // steps of 8 weights in a group
+    int64_t bytes;         // of a group
+    const int32_t* sums;   // of the first row
+};
+
+// 16 of the 32 scales or zero points behind the weights of a group.
+TL_INLINE F group_scale(const uint8_t* tail, int half) { return load_f16((const uint16_t*)tail + half * kLanes); }
+TL_INLINE I group_zero(const uint8_t* tail, int half) { return load_u8(tail + 2 * kPanel + half * kLanes); }
+
+// A vector of weights holds two steps, low and high nibbles. The sums of a group are exact; the running totals
+// stay in memory and take one fused step per group.
+template <int ROWS, int PANELS>
+TL_NOINLINE void multiply_i4(const Run& run, const Groups& groups) {
+    constexpr int kVectors = 2 * PANELS, kBases = (ROWS + 2) / 3;
+    const I low_bits = iset(0x0f0f0f0f);
+    const int64_t stride = run.stride, panel_bytes = run.panel_bytes;
+    const uint8_t* weight = run.weight;
+    const uint8_t* base[kBases];
+    TL_UNROLL for (int b = 0; b < kBases; ++b) base[b] = opaque(run.source + 3 * b * stride);
+    const uint8_t* ahead = run.ahead;
+    const int lines = run.lines;
+    for (int64_t g = 0; g < groups.count; ++g, weight += groups.bytes) {
+        I sums[ROWS][kVectors];
+        TL_UNROLL for (int r = 0; r < ROWS; ++r)
+            TL_UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = izero();
+        const uint8_t* p = weight;
+        for (int64_t left = groups.pairs; left > 0; --left) {
+            for (int i = 0; i < lines; ++i) {
+                prefetch(ahead);
+                if (PANELS == 2) prefetch(ahead + panel_bytes);
+                ahead += 64;
+            }
+            I low[kVectors], high[kVectors];
+            TL_UNROLL for (int v = 0; v < kVectors; ++v) {
+                I both = iload(p + v / 2 * panel_bytes + v % 2 * 64);
+                low[v] = iand(both, low_bits);
+                high[v] = iand(shr<4>(both), low_bits);
+            }
+            TL_UNROLL for (int r = 0; r < ROWS; ++r) {
+                const uint8_t* x = base[r / 3] + r % 3 * stride;
+                I first = iset(*(const int32_t*)x), second = iset(*(const int32_t*)(x + 4));
+                TL_UNROLL for (int v = 0; v < kVectors; ++v) {
+                    sums[r][v] = dot_u8s8(sums[r][v], low[v], first);
+                    sums[r][v] = dot_u8s8(sums[r][v], high[v], second);
+                }
+            }
+            p += kStepBytes;
+            TL_UNROLL for (int b = 0; b < kBases; ++b) base[b] = opaque(base[b] + 8);
+        }
+        TL_UNROLL for (int v = 0; v < kVectors; ++v) {
+            const F scale = group_scale(p + v / 2 * panel_bytes, v % 2);
+            const I zeros = group_zero(p + v / 2 * panel_bytes, v % 2);
+            TL_UNROLL for (int r = 0; r < ROWS; ++r) {
+                float* total = run.sums + v / 2 * run.panel_sums + r * kPanel + v % 2 * kLanes;
+                const I shift = imul(zeros, iset(groups.sums[r * groups.count + g]));
+                store(total, fma(to_float(isub(sums[r][v], shift)), scale, load(total)));
+            }
+        }
     }
-#undef TL_HEIGHT
 }
-template <class Step>
-static void multiply_pair(const Run& run, int rows) {
-    switch (rows) {
-        case 1: multiply<Step, 1, 2>(run); break;
-        case 2: multiply<Step, 2, 2>(run); break;
-        default: multiply<Step, 3, 2>(run); break;
+
+// A tile as high as it must be; TILE(height) is the statement that runs it.
+#define TL_FOR_HEIGHT(rows, TILE)                                                  \
+    switch (rows) {                                                                \
+        case 1: TILE(1); break;                                                    \
+        case 2: TILE(2); break;                                                    \
+        case 3: TILE(3); break;                                                    \
+        case 4: TILE(4); break;                                                    \
+        case 5: TILE(5); break;                                                    \
+        case 6: TILE(6); break;                                                    \
+        case 7: TILE(7); break;                                                    \
+        case 8: TILE(8); break;                                                    \
+        case 9: TILE(9); break;                                                    \
+        case 10: TILE(10); break;                                                  \
+        case 11: TILE(11); break;                                                  \
+        case 12: TILE(12); break;                                                  \
     }
+static_assert(kMaxTileRows <= 12, "more tile heights");
+constexpr int capped(int rows, int most) { return rows < most ? rows : most; }
+
+template <class Step>
+static void multiply_tile(const Run& run, int rows, int panels) {
+#define TL_ONE(n) multiply<Step, capped(n, kMaxTileRows), 1>(run)
+#define TL_TWO(n) multiply<Step, capped(n, kPairRows), 2>(run)
+    if (panels == 1) { TL_FOR_HEIGHT(rows, TL_ONE) } else { TL_FOR_HEIGHT(rows, TL_TWO) }
+#undef TL_ONE
+#undef TL_TWO
+}
+static void multiply_tile_i4(const Run& run, const Groups& groups, int rows, int panels) {
+#define TL_ONE(n) multiply_i4<capped(n, kMaxTileRows), 1>(run, groups)
+#define TL_TWO(n) multiply_i4<capped(n, kPairRows), 2>(run, groups)
+    if (panels == 1) { TL_FOR_HEIGHT(rows, TL_ONE) } else { TL_FOR_HEIGHT(rows, TL_TWO) }
+#undef TL_ONE
+#undef TL_TWO
 }
 
 // --- what happens to the sums ---------------------------------------------------------------------------
@@ -193,71 +285,186 @@ TL_NOINLINE void finish(const LinearCall& call, int64_t panel, int64_t row, int6
     }
 }
 
+// Sums of integer products become floats in place.
+TL_NOINLINE void scale_i8(const LinearCall& call, int64_t panel, int64_t row, int64_t rows, float* sums) {
+    for (int half = 0; half < 2; ++half) {
+        const F scale = load(call.weight->scales + panel * kPanel + half * kLanes);
+        for (int64_t r = 0; r < rows; ++r) {
+            float* p = sums + r * kPanel + half * kLanes;
+            // Weights are stored with 128 added.
+            const I exact = isub(iload(p), shl<7>(iset(call.quantized.sums[row + r])));
+            store(p, mul(mul(to_float(exact), scale), set(call.quantized.scales[row + r])));
+        }
+    }
+}
+TL_NOINLINE void scale_i4(const LinearCall& call, int64_t row, int64_t rows, float* sums) {
+    for (int64_t r = 0; r < rows; ++r) {
+        const F scale = set(call.quantized.scales[row + r]);
+        for (int half = 0; half < 2; ++half) {
+            float* p = sums + r * kPanel + half * kLanes;
+            store(p, mul(load(p), scale));
+        }
+    }
+}
+
 // --- the loops over panels, depth and rows ----------------------------------------------------------------
 TL_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Steps of the depth whose weights stay in the first cache while all row tiles pass.
+// Where the source rows of a product lie, in bytes.
+struct Rows {
+    const uint8_t* data;
+    int64_t stride;
+};
+
+// Steps of the depth that all row tiles share before the next ones: their weights stay in the second cache.
 #ifndef TL_BLOCK_STEPS
-#define TL_BLOCK_STEPS 256
+#define TL_BLOCK_STEPS 1024
 #endif
 constexpr int64_t kBlockSteps = TL_BLOCK_STEPS;
 
+// Fetching ahead: a single tile some way ahead in its own stream, several tiles a share each of what lies
+// `panel_bytes` ahead. `lines` of them cover `total` lines per iteration.
+TL_INLINE void plan_fetch(Run& run, int64_t tile, int64_t tiles, int64_t iterations, int total) {
+    if (tiles == 1) {
+        run.lines = total;
+        run.ahead = run.weight + kPrefetch;
+        return;
+    }
+    const int lines = tiles >= total ? 1 : (int)((total + tiles - 1) / tiles);
+    run.lines = tile * lines < total ? lines : 0;
+    run.ahead = run.weight + run.panel_bytes + tile * lines * iterations * 64;
+}
+
+// Sums of rows [row, row + rows) and one or two panels, all of the depth.
 template <class Step>
-static void product(const LinearCall& call, int64_t begin, int64_t end, int64_t steps, bool odd, int64_t item) {
+static void sum_panels(const PackedMatrix& weight, Rows source, int64_t panel, int panels, int64_t rows, int64_t steps,
+                       bool odd, float* sums) {
+    const int64_t tiles = (rows + kMaxTileRows - 1) / kMaxTileRows;
+    const int64_t block = tiles > 1 || steps < 1 ? kBlockSteps : steps;
+    typename Step::Mode mode;
+    for (int64_t first = 0; first == 0 || first < steps; first += block) {
+        Run run;
+        run.weight = weight.data + panel * weight.panel_bytes + first * kStepBytes;
+        run.panel_bytes = weight.panel_bytes;
+        run.stride = source.stride;
+        run.steps = least(block, steps - first);
+        run.odd = odd && first + run.steps == steps;
+        run.first = first == 0;
+        run.panel_sums = kPairRows * kPanel;
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t begin = rows * tile / tiles, end = rows * (tile + 1) / tiles;
+            run.source = source.data + begin * source.stride + first * 4;
+            run.sums = sums + begin * kPanel;
+            plan_fetch(run, tile, tiles, run.steps / 4, 8);
+            multiply_tile<Step>(run, (int)(end - begin), panels);
+        }
+    }
+}
+
+static void sum_panels_i4(const PackedMatrix& weight, Rows source, const QuantizedRows& quantized, int64_t row,
+                          int64_t panel, int panels, int64_t rows, float* sums) {
+    const int64_t tiles = (rows + kMaxTileRows - 1) / kMaxTileRows;
+    Groups groups;
+    groups.count = (weight.k + weight.group - 1) / weight.group;
+    groups.pairs = weight.group / 8;
+    groups.bytes = weight.panel_bytes / groups.count;
+    Run run;
+    run.weight = weight.data + panel * weight.panel_bytes;
+    run.panel_bytes = weight.panel_bytes;
+    run.stride = source.stride;
+    run.panel_sums = kPairRows * kPanel;
+    for (int64_t i = 0; i < (panels == 2 ? 2 * kPairRows : rows) * kPanel; i += kLanes) store(sums + i, zero());
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t begin = rows * tile / tiles, end = rows * (tile + 1) / tiles;
+        run.source = source.data + begin * source.stride;
+        run.sums = sums + begin * kPanel;
+        groups.sums = quantized.sums + (row + begin) * groups.count;
+        plan_fetch(run, tile, tiles, groups.count * groups.pairs, 2);
+        multiply_tile_i4(run, groups, (int)(end - begin), panels);
+    }
+}
+
+static void linear(const LinearCall& call, int64_t begin, int64_t end) {
     alignas(64) float sums[kBlockRows * kPanel];
     const PackedMatrix& weight = *call.weight;
-    const uint8_t* source = (const uint8_t*)call.source;
-    const int64_t stride = call.source_stride * item;
+    const bool quantized = weight.format == Format::i8 || weight.format == Format::i4;
+    const int64_t stride = quantized ? call.quantized.stride
+                                     : call.source_stride * (weight.format == Format::f32 ? 4 : 2);
+    const uint8_t* data = quantized ? (const uint8_t*)call.quantized.values : (const uint8_t*)call.source;
     for (int64_t row = 0; row < call.rows; row += kBlockRows) {
         const int64_t rows = least(call.rows - row, kBlockRows);
-        const int64_t tiles = (rows + kMaxTileRows - 1) / kMaxTileRows;
-        const bool pair = rows <= kPairRows;
+        const Rows source = {data + row * stride, stride};
         for (int64_t panel = begin; panel < end;) {
-            const int panels = pair && panel + 1 < end ? 2 : 1;
-            const uint8_t* data = weight.data + panel * weight.panel_bytes;
-            const int64_t block = tiles > 1 || steps < 1 ? kBlockSteps : steps;
-            for (int64_t first = 0; first == 0 || first < steps; first += block) {
-                Run run;
-                run.weight = data + first * kStepBytes;
-                run.panel_bytes = weight.panel_bytes;
-                run.stride = stride;
-                run.steps = least(block, steps - first);
-                run.odd = odd && first + run.steps == steps;
-                run.first = first == 0;
-                run.panel_sums = kPairRows * kPanel;
-                run.lines = tiles >= 8 ? 1 : tiles >= 3 ? 2 : tiles == 2 ? 4 : 8;
-                typename Step::Mode mode;
-                for (int64_t tile = 0; tile < tiles; ++tile) {
-                    const int64_t r0 = rows * tile / tiles, r1 = rows * (tile + 1) / tiles;
-                    run.source = source + (row + r0) * stride + first * 4;
-                    run.sums = sums + r0 * kPanel;
-                    // One tile: some way ahead in the same stream. Several: a share of the next panel each.
-                    run.ahead = tiles == 1 ? run.weight + kPrefetch
-                                           : data + weight.panel_bytes + first * kStepBytes +
-                                                 tile * (run.steps / 4) * run.lines * 64;
-                    if (panels == 2) multiply_pair<Step>(run, (int)(r1 - r0));
-                    else multiply_rows<Step, 1>(run, (int)(r1 - r0));
-                }
+            const int panels = rows <= kPairRows && panel + 1 < end ? 2 : 1;
+            switch (weight.format) {
+                case Format::f32:
+                    sum_panels<StepF32>(weight, source, panel, panels, rows, weight.k, false, sums);
+                    break;
+                case Format::bf16:
+                    sum_panels<StepBF16>(weight, source, panel, panels, rows, weight.k / 2, weight.k % 2 != 0, sums);
+                    break;
+                case Format::i8:
+                    sum_panels<StepI8>(weight, source, panel, panels, rows, (weight.k + 3) / 4, false, sums);
+                    break;
+                case Format::i4:
+                    sum_panels_i4(weight, source, call.quantized, row, panel, panels, rows, sums);
+                    break;
             }
-            for (int p = 0; p < panels; ++p) finish(call, panel + p, row, rows, sums + p * kPairRows * kPanel);
+            for (int p = 0; p < panels; ++p) {
+                float* part = sums + p * kPairRows * kPanel;
+                if (weight.format == Format::i8) scale_i8(call, panel + p, row, rows, part);
+                if (weight.format == Format::i4) scale_i4(call, row, rows, part);
+                finish(call, panel + p, row, rows, part);
+            }
             panel += panels;
         }
     }
 }
 
-TL_NOINLINE void product_bf16(const LinearCall& call, int64_t begin, int64_t end) {
-    product<StepBF16>(call, begin, end, call.weight->k / 2, call.weight->k % 2 != 0, 2);
-}
-TL_NOINLINE void product_f32(const LinearCall& call, int64_t begin, int64_t end) {
-    product<StepF32>(call, begin, end, call.weight->k, false, 4);
-}
-
-static void linear(const LinearCall& call, int64_t begin, int64_t end) {
-    if (call.weight->format == Format::f32) product_f32(call, begin, end);
-    else product_bf16(call, begin, end);
+// --- quantised rows ---------------------------------------------------------------------------------------
+TL_INLINE F load_source(const void* row, Dtype dtype, int64_t at, int64_t k) {
+    const int count = (int)least(k - at, kLanes);
+    if (dtype == Dtype::f32) return load((const float*)row + at, count);
+    const uint16_t* p = (const uint16_t*)row + at;
+    return count == kLanes ? load_bf16(p) : load_bf16(p, count);
 }
 
-static void quantize_rows(const void*, Dtype, int64_t, const PackedMatrix&, const QuantizedRows&, int64_t, int64_t) {}
+TL_INLINE int32_t sum_bytes(const int8_t* p, int64_t count) {
+    I total = izero();
+    int64_t i = 0;
+    for (; i + 64 <= count; i += 64) total = dot_u8s8(total, iset(0x01010101), iload(p + i));
+    int32_t rest = 0;
+    for (; i < count; ++i) rest += p[i];
+    return rest + isum(total);
+}
+
+// spec.quantize_row. A maximum and a clip that compare in this order never give NaN, so that a broken row is
+// garbage within [-127, 127].
+static void quantize_rows(const void* source, Dtype dtype, int64_t stride, const PackedMatrix& weight,
+                          const QuantizedRows& out, int64_t begin, int64_t end) {
+    const int64_t k = weight.k, group = weight.format == Format::i4 ? weight.group : out.stride;
+    const F low = set(-127.0f), high = set(127.0f);
+    for (int64_t row = begin; row < end; ++row) {
+        const void* x = (const uint8_t*)source + row * stride * (dtype == Dtype::f32 ? 4 : 2);
+        int8_t* values = out.values + row * out.stride;
+        F largest = zero();
+        for (int64_t i = 0; i < k; i += kLanes) {
+            const F v = load_source(x, dtype, i, k);
+            largest = max(as_float(iand(as_int(v), iset(0x7fffffff))), largest);
+        }
+        float scale = max_lane(largest) / 127.0f;
+        if (scale < 0x1p-126f) scale = 1.0f;
+        int64_t i = 0;
+        for (; i < k; i += kLanes) {
+            const F v = round_even(div(load_source(x, dtype, i, k), set(scale)));
+            store_i8(values + i, to_int(min(max(v, low), high)));
+        }
+        for (; i < out.stride; ++i) values[i] = 0;
+        out.scales[row] = scale;
+        int32_t* sums = out.sums + row * out.groups;
+        for (int64_t g = 0; g < out.groups; ++g) sums[g] = sum_bytes(values + g * group, least(group, out.stride - g * group));
+    }
+}
 
 extern const LinearKernels linear_kernels;
 const LinearKernels linear_kernels = {&linear, &quantize_rows};

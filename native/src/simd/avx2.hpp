@@ -44,6 +44,12 @@ TL_INLINE F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_
 TL_INLINE F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 TL_INLINE F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 TL_INLINE F round_even(F x) { return {_mm256_round_ps(x.a, 8), _mm256_round_ps(x.b, 8)}; }
+TL_INLINE F scale_by_power(F x, F n) {
+    const __m256i one = _mm256_set1_epi32(127);
+    __m256i a = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.a), one), 23);
+    __m256i b = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.b), one), 23);
+    return {_mm256_mul_ps(x.a, _mm256_castsi256_ps(a)), _mm256_mul_ps(x.b, _mm256_castsi256_ps(b))};
+}
 TL_INLINE M lt(F x, F y) { return {_mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ)}; }
 TL_INLINE M gt(F x, F y) { return {_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ)}; }
 TL_INLINE M ge(F x, F y) { return {_mm256_cmp_ps(x.a, y.a, _CMP_GE_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ)}; }
@@ -116,6 +122,9 @@ TL_INLINE I load_i8(const int8_t* p) {
     __m128i v = _mm_loadu_si128((const __m128i*)p);
     return {_mm256_cvtepi8_epi32(v), _mm256_cvtepi8_epi32(_mm_srli_si128(v, 8))};
 }
+TL_INLINE I load_u16(const uint16_t* p) {
+    return {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p + 1))};
+}
 TL_INLINE void store_i8(int8_t* p, I x) {
     int32_t wide[16];
     istore(wide, x);
@@ -140,6 +149,16 @@ TL_INLINE void store_high(uint16_t* p, I x, int n) {
     uint16_t part[16];
     store_high(part, x);
     for (int i = 0; i < 16; ++i) if (i < n) p[i] = part[i];
+}
+TL_INLINE void store_bf16_flushed(uint16_t* p, F x) {
+    const __m256i one = _mm256_set1_epi32(1), half = _mm256_set1_epi32(0x7fff), size = _mm256_set1_epi32(0x7fffffff);
+    const __m256i sign = _mm256_set1_epi32(INT32_MIN), denormal = _mm256_set1_epi32(0x007fffff);
+    __m256i a = _mm256_castps_si256(x.a), b = _mm256_castps_si256(x.b);
+    a = _mm256_and_si256(a, _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_and_si256(a, size), denormal), sign));
+    b = _mm256_and_si256(b, _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_and_si256(b, size), denormal), sign));
+    a = _mm256_add_epi32(a, _mm256_add_epi32(half, _mm256_and_si256(_mm256_srli_epi32(a, 16), one)));
+    b = _mm256_add_epi32(b, _mm256_add_epi32(half, _mm256_and_si256(_mm256_srli_epi32(b, 16), one)));
+    store_high(p, {a, b});
 }
 TL_INLINE F load_f16(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};

@@ -35,6 +35,7 @@ TL_INLINE F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }    /
 TL_INLINE F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }                // a > b ? a : b
 TL_INLINE F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }                // a < b ? a : b
 TL_INLINE F round_even(F a) { return {_mm512_roundscale_ps(a.v, 8)}; }
+TL_INLINE F scale_by_power(F a, F n) { return {_mm512_scalef_ps(a.v, n.v)}; }  // a * 2^n, n whole in [-126, 127]
 TL_INLINE M lt(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 TL_INLINE M gt(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
 TL_INLINE M ge(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
@@ -85,6 +86,7 @@ TL_INLINE void transpose4(I& a, I& b, I& c, I& d) {
 // 16 bytes as integers.
 TL_INLINE I load_u8(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
 TL_INLINE I load_i8(const int8_t* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
+TL_INLINE I load_u16(const uint16_t* p) { return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p))}; }
 // The low bytes of 16 integers.
 TL_INLINE void store_i8(int8_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }
 
@@ -103,6 +105,8 @@ TL_INLINE void store_high(uint16_t* p, I a, int n) {
     _mm256_mask_storeu_epi16(p, first(n).v, _mm512_cvtepi32_epi16(_mm512_srli_epi32(a.v, 16)));
 }
 TL_INLINE F load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+// Rounded to bf16, denormals as zero.
+TL_INLINE void store_bf16_flushed(uint16_t* p, F a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
 
 // --- products -------------------------------------------------------------------------------------------
 // acc + a.odd * b.odd, then + a.even * b.even: pairs of bf16 in 32-bit lanes, each step fused, denormals zero.

@@ -35,6 +35,16 @@ TL_INLINE F fma(F a, F b, F c) { F r; TL_EACH(i) r.v[i] = __builtin_fmaf(a.v[i],
 TL_INLINE F max(F a, F b) { F r; TL_EACH(i) r.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return r; }
 TL_INLINE F min(F a, F b) { F r; TL_EACH(i) r.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return r; }
 TL_INLINE F round_even(F a) { F r; TL_EACH(i) r.v[i] = __builtin_rintf(a.v[i]); return r; }
+TL_INLINE F scale_by_power(F a, F n) {
+    F r;
+    TL_EACH(i) {
+        int32_t b = n.v[i] == n.v[i] ? (int32_t(n.v[i]) + 127) << 23 : 0;
+        float factor;
+        memcpy(&factor, &b, 4);
+        r.v[i] = a.v[i] * factor;
+    }
+    return r;
+}
 TL_INLINE M lt(F a, F b) { M m{0}; TL_EACH(i) m.v |= uint32_t(a.v[i] < b.v[i]) << i; return m; }
 TL_INLINE M gt(F a, F b) { M m{0}; TL_EACH(i) m.v |= uint32_t(a.v[i] > b.v[i]) << i; return m; }
 TL_INLINE M ge(F a, F b) { M m{0}; TL_EACH(i) m.v |= uint32_t(a.v[i] >= b.v[i]) << i; return m; }
@@ -91,6 +101,7 @@ TL_INLINE void transpose4(I& a, I& b, I& c, I& d) {
 
 TL_INLINE I load_u8(const uint8_t* p) { I r; TL_EACH(i) r.v[i] = p[i]; return r; }
 TL_INLINE I load_i8(const int8_t* p) { I r; TL_EACH(i) r.v[i] = p[i]; return r; }
+TL_INLINE I load_u16(const uint16_t* p) { I r; TL_EACH(i) r.v[i] = p[i]; return r; }
 TL_INLINE void store_i8(int8_t* p, I a) { TL_EACH(i) p[i] = int8_t(uint8_t(a.v[i])); }
 
 TL_INLINE float bf16_float(uint32_t half) { uint32_t b = half << 16; float x; memcpy(&x, &b, 4); return x; }
@@ -124,6 +135,14 @@ TL_INLINE float fma_flushed(float a, float b, float c) {
     double sign = __builtin_copysign(1.0, double(r));
     bool below = sign * (double(a) * double(b)) < (0x1p-126 - 0x1p-151) - sign * double(c);
     return below ? __builtin_copysignf(0.0f, r) : flush(r);
+}
+TL_INLINE void store_bf16_flushed(uint16_t* p, F a) {
+    TL_EACH(i) {
+        float x = flush(a.v[i]);
+        uint32_t b;
+        memcpy(&b, &x, 4);
+        p[i] = uint16_t((b + 0x7fffu + (b >> 16 & 1)) >> 16);
+    }
 }
 TL_INLINE F dot_bf16(F acc, I a, I b) {
     F r;

@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tokenloom.kernels import spec
+from tokenloom.quantization import round_to_nearest
 
 _native = pytest.importorskip("tokenloom.kernels.native._native", reason="the native module is not built")
 
@@ -87,7 +88,9 @@ def test_product_at_the_ends_of_the_range(isa: str, name: str, exponent: int) ->
 def test_bf16_results_around_the_smallest_normal_number(isa: str) -> None:
     """2^-126 less a product in every place where denormal rounding and rounding to 24 bits differ."""
     exponents = np.arange(-30, -20)
-    small = np.concatenate([np.ldexp(s * np.arange(128, 256, dtype=np.float32), e - 7) for e in exponents for s in (1, -1)])
+    small = np.concatenate(
+        [np.ldexp(s * np.arange(128, 256, dtype=np.float32), e - 7) for e in exponents for s in (1, -1)]
+    )
     x = np.array([[2.0**-63, 2.0**-63, 0, 2.0**-63 * 1.5]], np.float32)
     weight = np.zeros((len(small), 4), np.float32)
     weight[:, 1] = 2.0**-63 * np.where(np.arange(len(small)) % 3, 1, -1)
@@ -102,7 +105,7 @@ def test_bf16_results_around_the_smallest_normal_number(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("name", ["f32", "bf16"])
+@pytest.mark.parametrize("name", ["f32", "bf16", "i8", "i4"])
 def test_a_row_does_not_see_its_neighbours(isa: str, name: str) -> None:
     rng = np.random.default_rng(7)
     depth, columns = 200, 100
@@ -186,7 +189,11 @@ def test_stacked_sources_of_all_types_and_strides() -> None:
     sources = [parts[0], parts[1].astype(np.float16), bf16(parts[2])]
     exact = np.concatenate([parts[0], sources[1].astype(np.float32), widen(sources[2])])
     for name, expected in (("f32", exact), ("bf16", widen(bf16(exact)))):
-        for views in (sources, [np.asfortranarray(s) for s in sources], [np.repeat(s, 2, 1)[:, ::2] for s in sources]):
+        for views in (
+            sources,
+            [np.asfortranarray(s) for s in sources],
+            [np.repeat(s, 2, 1)[:, ::2] for s in sources],
+        ):
             packed = _native.PackedLinear(views, name)
             found = np.stack([packed.unpack(row) for row in range(48)])
             assert_same(found, expected)
@@ -198,6 +205,140 @@ def test_float16_sources_are_exact() -> None:
     packed = _native.PackedLinear([finite], "f32")
     for row in (0, 1, 31, 32, 63):
         assert_same(packed.unpack(row), finite[row].astype(np.float32))
+
+
+def quantized(weight: NDArray[np.float32], name: str, group: int) -> Any:
+    """The oracle's matrix and its product with one quantised row."""
+    if name == "i8":
+        eight = round_to_nearest.int8(weight)
+        return eight, lambda q, scale: spec.linear_int8(q, scale, eight.q, eight.scales)
+    four = round_to_nearest.int4(weight, group)
+    return four, lambda q, scale: spec.linear_int4(q, scale, four.q, four.scales, four.zeros, group)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("source", ["f32", "bf16"])
+@pytest.mark.parametrize(("name", "group"), [("i8", 0), ("i4", 32), ("i4", 64), ("i4", 128)])
+@pytest.mark.parametrize(("rows", "depth", "columns"), [*SHAPES, (4, 200, 33), (26, 300, 31)])
+def test_integer_products_are_the_oracle(
+    isa: str, source: str, name: str, group: int, rows: int, depth: int, columns: int
+) -> None:
+    rng = np.random.default_rng(depth)
+    weight, x = numbers(rng, columns, depth, spread=3), numbers(rng, rows, depth, spread=3)
+    x[0] *= np.float32(2.0**-120)
+    if rows > 2:
+        x[1], x[2] = 0, x[2] * np.float32(2.0**110)
+    x = widen(bf16(x)) if source == "bf16" else x
+    _, oracle = quantized(weight, name, group)
+    packed = _native.PackedLinear([weight], name, group=group)
+    rows_q = [spec.quantize_row(row) for row in x]
+    values, scales, sums = packed.quantize(source_of(x, source), isa)
+    assert_same(values, np.stack([q for q, _ in rows_q]))
+    assert_same(scales, np.array([scale for _, scale in rows_q]))
+    starts = np.arange(0, depth, group or depth)
+    np.testing.assert_array_equal(sums, np.add.reduceat(values.astype(np.int32), starts, axis=1))
+    assert_same(_run(packed, source_of(x, source), isa), np.stack([oracle(q, scale) for q, scale in rows_q]))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ["i8", "i4"])
+@pytest.mark.parametrize("epilogue", ["none", "residual", "silu_mul"])
+def test_integer_epilogues(isa: str, name: str, epilogue: str) -> None:
+    rng = np.random.default_rng(21)
+    rows, depth, columns = 14, 96, 76
+    x, weight = bf16(numbers(rng, rows, depth)), numbers(rng, columns, depth)
+    bias, delta = numbers(rng, columns), numbers(rng, rows, columns)
+    _, oracle = quantized(weight, name, 32)
+    y = np.stack([oracle(*spec.quantize_row(row)) for row in widen(x)]) + bias + delta
+    packed = _native.PackedLinear([weight], name, paired=epilogue == "silu_mul", group=32)
+    width = columns // 2 if epilogue == "silu_mul" else columns
+    out = numbers(rng, rows, width)
+    if epilogue == "residual":
+        y = out + y
+    elif epilogue == "silu_mul":
+        y = spec.silu_mul(y[:, :width], y[:, width:])
+    packed.linear(x, out, isa, bias, delta, epilogue)
+    assert_same(out, y)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ["i8", "i4"])
+def test_the_largest_integers_do_not_saturate(isa: str, name: str) -> None:
+    depth, columns = 4096, 32
+    signs = np.where(np.arange(columns) % 2, -1, 1).astype(np.float32)[:, None]
+    weight = np.broadcast_to(signs, (columns, depth)).copy()
+    x = np.stack([np.ones(depth, np.float32), -np.ones(depth, np.float32)])
+    _, oracle = quantized(weight, name, 128)
+    packed = _native.PackedLinear([weight], name, group=128)
+    assert_same(_run(packed, x, isa), np.stack([oracle(*spec.quantize_row(row)) for row in x]))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ["i8", "i4"])
+def test_a_broken_row_is_garbage_alone(isa: str, name: str) -> None:
+    rng = np.random.default_rng(23)
+    x = numbers(rng, 5, 70)
+    packed = _native.PackedLinear([numbers(rng, 40, 70)], name, group=32)
+    whole = _run(packed, x, isa)
+    x[1, 3], x[2, 5], x[3] = np.nan, np.inf, -np.inf
+    values, scales, _ = packed.quantize(x, isa)
+    for row in range(5):
+        q, scale = spec.quantize_row(x[row])
+        assert_same(values[row], q)
+        assert_same(scales[row : row + 1], np.array([scale]))
+    broken = _run(packed, x, isa)
+    for row in (0, 4):
+        assert_same(broken[row], whole[row])
+
+
+@pytest.mark.parametrize("source", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize(("name", "group"), [("i8", 0), ("i4", 32), ("i4", 64), ("i4", 128)])
+def test_rounding_of_weights_is_the_oracle(source: str, name: str, group: int) -> None:
+    """Unpacked rows of a weight rounded at load equal the canonical arrays, and so does a weight made of
+    them."""
+    rng = np.random.default_rng(31)
+    weight = numbers(rng, 70, 203, spread=2)
+    weight[3], weight[4] = 0, np.abs(weight[4])
+    weight[5] *= np.float32(2.0**-14)
+    weight[6] = np.float32(2.0**-24) * (np.arange(203) % 3)
+    stored: NDArray[Any] = weight
+    if source == "bf16":
+        stored, weight = bf16(weight), widen(bf16(weight))
+    elif source == "f16":
+        stored = weight.astype(np.float16)
+        weight = stored.astype(np.float32)
+    canonical, _ = quantized(weight, name, group)
+    if name == "i8":
+        expected = canonical.q * canonical.scales[:, None]
+        again = _native.PackedLinear([canonical.q], "i8", scales=[canonical.scales])
+    else:
+        spread = [np.repeat(a, group, axis=1)[:, :203] for a in (canonical.scales, canonical.zeros)]
+        expected = (canonical.q.astype(np.int32) - spread[1]).astype(np.float32) * spread[0].astype(
+            np.float32
+        )
+        again = _native.PackedLinear(
+            [canonical.q], "i4", group=group, scales=[canonical.scales], zeros=[canonical.zeros]
+        )
+    packed = _native.PackedLinear([stored[:9], stored[9:]], name, group=group)
+    for row in range(70):
+        assert_same(packed.unpack(row), expected[row])
+        assert_same(again.unpack(row), expected[row])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_zero_points_may_be_sixteen(isa: str) -> None:
+    rng = np.random.default_rng(33)
+    q = rng.integers(0, 16, (40, 70), dtype=np.uint8)
+    scales = rng.uniform(0.001, 0.1, (40, 3)).astype(np.float16)
+    zeros = rng.integers(0, 17, (40, 3), dtype=np.uint8)
+    packed = _native.PackedLinear([q], "i4", group=32, scales=[scales], zeros=[zeros])
+    x = numbers(rng, 3, 70)
+    expected = np.stack([spec.linear_int4(*spec.quantize_row(row), q, scales, zeros, 32) for row in x])
+    assert_same(_run(packed, x, isa), expected)
+
+
+def _ones() -> tuple[list[Any], list[Any]]:
+    return [np.ones((8, 1), np.float16)], [np.ones((8, 1), np.uint8)]
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -233,6 +374,9 @@ def test_what_does_not_fit_is_refused() -> None:
         (([weight.astype(np.int8)], "i8"), "scales"),
         (([weight.astype(np.int8)], "f32", False, 0, [np.zeros(8, np.float32)]), "integers"),
         (([weight], "i4", False, 12), "group"),
+        (([weight.astype(np.uint8)], "i4", False, 8, [np.ones((8, 1), np.float16)]), "zeros"),
+        (([weight.astype(np.uint8) + 16], "i4", False, 8, *_ones()), "15"),
+        (([weight.astype(np.uint8)], "i4", False, 8, _ones()[0], [np.full((8, 1), 17, np.uint8)]), "16"),
     ):
         with pytest.raises(ValueError, match=message):
             _native.PackedLinear(*args)

@@ -11,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.harness import (
+    NATIVE,
     Answer,
+    Numerics,
     Run,
     answers,
     ask,
+    each_numerics,
     make_batch,
     make_executor,
     random_weights,
@@ -32,29 +35,28 @@ SAMPLING: list[dict[str, Any]] = [
     {"temperature": 1.3, "min_p": 0.05},
 ]
 LENGTHS = (150, 40, 3, 300)
-FORMATS = [("float32", "float32"), ("bfloat16", "bfloat16")]
 
 
 @functools.cache
-def executor(dtype: str, kv_dtype: str, heads: int = 4, kv_heads: int = 2, threads: int = 1) -> LocalExecutor:
+def executor(numerics: Numerics, heads: int = 4, kv_heads: int = 2, threads: int = 1) -> LocalExecutor:
     config = small_config(num_heads=heads, num_kv_heads=kv_heads)
-    return make_executor(config, dtype=dtype, kv_dtype=kv_dtype, num_threads=threads)
+    return make_executor(config, numerics, num_threads=threads)
 
 
 @functools.cache
 def texts() -> list[list[int]]:
     rng = np.random.default_rng(5)
-    return [rng.integers(0, 101, length).tolist() for length in LENGTHS]
+    return [rng.integers(0, 100, length).tolist() for length in LENGTHS]
 
 
 @functools.cache
-def baseline(dtype: str, kv_dtype: str, heads: int = 4, kv_heads: int = 2) -> list[list[Answer]]:
+def baseline(numerics: Numerics, heads: int = 4, kv_heads: int = 2) -> list[list[Answer]]:
     """Each text alone, in one chunk, on neighbouring pages."""
     found = []
     for i, tokens in enumerate(texts()):
         run = Run(tokens, 0, len(tokens), range(1, len(tokens) // PAGE_SIZE + 2))
         batch = make_batch([run], ask(run, 0, i, SAMPLING[i]))
-        found.append(answers(step(executor(dtype, kv_dtype, heads, kv_heads), batch)))
+        found.append(answers(step(executor(numerics, heads, kv_heads), batch)))
     return found
 
 
@@ -90,26 +92,29 @@ def replay(
     return found
 
 
-@pytest.mark.parametrize(("dtype", "kv_dtype"), FORMATS)
-def test_token_by_token(dtype: str, kv_dtype: str) -> None:
-    runner = executor(dtype, kv_dtype)
+@each_numerics()
+def test_token_by_token(numerics: Numerics) -> None:
+    runner = executor(numerics)
     pages = np.random.default_rng(1).permutation(np.arange(1, 96)).tolist()
-    assert replay(runner, [[1]] * 4, pages, [3, 1, 0, 2]) == baseline(dtype, kv_dtype)
+    assert replay(runner, [[1]] * 4, pages, [3, 1, 0, 2]) == baseline(numerics)
 
 
+@each_numerics(Numerics(), *NATIVE)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (3, 1), (6, 1), (8, 1)])
-def test_head_shapes(heads: int, kv_heads: int) -> None:
-    runner = executor("float32", "float32", heads, kv_heads)
+def test_head_shapes(numerics: Numerics, heads: int, kv_heads: int) -> None:
+    runner = executor(numerics, heads, kv_heads)
     found = replay(runner, [[7, 1, 30], [16, 1], [1], [129, 2]], list(range(95, 0, -1)), [0, 1, 2, 3])
-    assert found == baseline("float32", "float32", heads, kv_heads)
+    assert found == baseline(numerics, heads, kv_heads)
 
 
-def test_threads() -> None:
-    found = replay(executor("float32", "float32", threads=3), [[150]] * 4, list(range(1, 96)), [0, 1, 2, 3])
-    assert found == baseline("float32", "float32")
+@each_numerics(Numerics(), *NATIVE)
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads(numerics: Numerics, threads: int) -> None:
+    found = replay(executor(numerics, threads=threads), [[150]] * 4, list(range(1, 96)), [0, 1, 2, 3])
+    assert found == baseline(numerics)
 
 
-@pytest.mark.parametrize(("dtype", "kv_dtype"), FORMATS)
+@each_numerics()
 @settings(max_examples=6, deadline=None)
 @given(
     chunks=st.lists(
@@ -119,14 +124,15 @@ def test_threads() -> None:
     order=st.permutations(range(4)),
 )
 def test_any_schedule(
-    dtype: str, kv_dtype: str, chunks: list[list[int]], pages: list[int], order: list[int]
+    numerics: Numerics, chunks: list[list[int]], pages: list[int], order: list[int]
 ) -> None:
-    assert replay(executor(dtype, kv_dtype), chunks, list(pages), list(order)) == baseline(dtype, kv_dtype)
+    assert replay(executor(numerics), chunks, list(pages), list(order)) == baseline(numerics)
 
 
-def test_a_full_prefix_hit_reads_its_own_key() -> None:
+@each_numerics()
+def test_a_full_prefix_hit_reads_its_own_key(numerics: Numerics) -> None:
     """The last row of a cached prompt is computed again without being stored."""
-    runner = executor("float32", "float32")
+    runner = executor(numerics)
     tokens = texts()[1][:32]
     pages = [3, 4, 5]
     first = Run(tokens, 0, 32, pages)
@@ -135,34 +141,37 @@ def test_a_full_prefix_hit_reads_its_own_key() -> None:
     assert answers(step(runner, make_batch([again], ask(again, 0, 0, SAMPLING[0])))) == expected[-1:]
 
 
-def test_page_copies_come_first() -> None:
-    runner = executor("float32", "float32")
+@each_numerics()
+def test_page_copies_come_first(numerics: Numerics) -> None:
+    runner = executor(numerics)
     tokens = texts()[1]
     run = Run(tokens, 0, 20, [3, 4])
     step(runner, make_batch([run]))
     forked = Run(tokens, 20, 40, [3, 9, 10])
     found = answers(step(runner, make_batch([forked], ask(forked, 0, 1, SAMPLING[1]), [(4, 9)])))
-    assert found == baseline("float32", "float32")[1][20:40]
+    assert found == baseline(numerics)[1][20:40]
 
 
-def test_garbage_in_unseen_slots_does_not_matter() -> None:
-    """Stale keys of other requests are finite, as `store` leaves them, but may be huge."""
-    runner = executor("float32", "float32", 4, 2)
-    interpreter = runner._opened()[0]
-    interpreter._pool._pages[...] = np.finfo(np.float32).max
-    try:
-        found = replay(runner, [[7, 1, 30], [16, 1], [1], [129, 2]], list(range(1, 96)), [0, 1, 2, 3])
-    finally:
-        interpreter._pool._pages[...] = 0
-    assert found == baseline("float32", "float32")
+@each_numerics()
+def test_garbage_in_unseen_slots_does_not_matter(numerics: Numerics) -> None:
+    """Stale keys of other requests are finite, as they are stored, but may be huge."""
+    config = small_config()
+    weights = random_weights(build(config))
+    weights["model.embed_tokens.weight"][100] = 1e30
+    runner = make_executor(config, numerics, weights=weights)
+    for pages in (range(32), range(32, 64), range(64, 96)):
+        step(runner, make_batch([Run([100] * 512, 0, 512, list(pages))]))
+    found = replay(runner, [[7, 1, 30], [16, 1], [1], [129, 2]], list(range(1, 96)), [0, 1, 2, 3])
+    assert found == baseline(numerics)
 
 
+@each_numerics()
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
-def test_a_broken_request_does_not_poison_its_pages(value: float) -> None:
+def test_a_broken_request_does_not_poison_its_pages(numerics: Numerics, value: float) -> None:
     config = small_config()
     weights = random_weights(build(config))
     weights["model.embed_tokens.weight"][7] = value
-    runner = make_executor(config, weights=weights)
+    runner = make_executor(config, numerics, weights=weights)
     healthy = Run([1, 2, 3, 4, 5], 0, 5, [1])
     expected = answers(step(runner, make_batch([healthy], ask(healthy, 0, 0, SAMPLING[0]))))
     broken = Run([7] * 20, 0, 20, [1, 2])
