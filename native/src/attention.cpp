@@ -132,7 +132,8 @@ void AttentionPlan::add_tree_keys(const Batch& batch, const KVPool& pool, int64_
             if (++depth > kMaxAncestors + 1) refuse("parents", row, "has more than 64 ancestors");
             int32_t place = batch.logical[node];
             int64_t slot = batch.slots[node];
-            if (slot < 0 || slot == static_cast<int64_t>(table[place / kPageSize]) * kPageSize + place % kPageSize) continue;
+            int64_t own = static_cast<int64_t>(table[place / kPageSize]) * kPageSize + place % kPageSize;
+            if (slot < 0 || slot == own) continue;
             tree_keys_.push_back({place, static_cast<int32_t>(slot % kPageSize), pool.page(slot / kPageSize)});
         }
         tree_starts_[row + 1] = static_cast<int64_t>(tree_keys_.size());
@@ -154,10 +155,7 @@ void AttentionPlan::add_block(int64_t begin, int64_t end, int64_t first_page, bo
         int32_t moved = INT32_MAX;
         for (int64_t i = tree_starts_[begin]; i < tree_starts_[end]; ++i)
             moved = std::min(moved, tree_keys_[i].logical);
-        if (moved / kSplit < block.split_end) {
-            block.by_row = 1;
-            block.shared_end = std::max(moved / kSplit, block.split_begin);
-        }
+        block.shared_end = std::clamp(moved / kSplit, block.split_begin, block.split_end);
     }
     blocks_.push_back(block);
 }
@@ -175,9 +173,8 @@ double AttentionPlan::cost(const AttentionBlock& block, int split_begin, int spl
 }
 
 int64_t AttentionPlan::num_tiles(const AttentionBlock& block) const {
-    int64_t rows = block.row_end - block.row_begin;
-    if (block.by_row) return rows * ((group + kQueryTile - 1) / kQueryTile);
-    return (rows * group + kQueryTile - 1) / kQueryTile;
+    int64_t vectors = static_cast<int64_t>(block.row_end - block.row_begin) * group;
+    return (vectors + kQueryTile - 1) / kQueryTile;
 }
 
 void AttentionPlan::add_tasks(int num_kv_heads, int num_threads) {

@@ -36,7 +36,6 @@ struct AttentionBlock {
     int32_t row_begin, row_end;
     int32_t split_begin, split_end;
     int32_t shared_end;    // splits from here on are gathered row by row (trees); split_end without trees
-    int32_t by_row;        // tiles do not reach across rows (trees)
     int64_t first_page;    // of the segment, in `pages`
     int64_t num_pages;     // that the last row sees
 };

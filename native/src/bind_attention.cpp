@@ -4,7 +4,9 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
-#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <optional>
 #include <string>
 
@@ -49,7 +51,8 @@ class OwnedKVPool {
         int64_t most = INT64_MAX / 4;
         expect(pool_.layout.page_bytes() <= most / pages_per_frame, "pages_per_frame", "is out of range");
         expect(frame_bytes % kAlign == 0, "frame_bytes", "is not a multiple of 64");
-        expect(frame_bytes >= pages_per_frame * pool_.layout.page_bytes(), "frame_bytes", "is less than the pages take");
+        expect(frame_bytes >= pages_per_frame * pool_.layout.page_bytes(), "frame_bytes",
+               "is less than the pages take");
         expect(num_frames == 0 || frame_bytes <= most / num_frames, "frame_bytes", "is out of range");
         expect(num_frames * pages_per_frame <= INT32_MAX, "num_frames", "gives more pages than an int32 can name");
         memory_ = Memory(static_cast<size_t>(num_frames * frame_bytes));
@@ -126,14 +129,16 @@ void kv_store(const OwnedKVPool& owner, int64_t layer, Out<float, 2> source, Out
 
 // One layer's attention, task after task in the order of a plan for `num_threads` threads. `out` is fp32, or
 // uint16 for bf16. Returns (tasks, merges).
-nb::tuple attention(const OwnedKVPool& owner, int64_t layer, Array<float, 2> q, nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu> out,
-                    float scale, int32_t window, Array<int32_t, 1> logical, Array<int64_t, 1> slots,
-                    Array<int32_t, 1> parents, Array<int32_t, 1> starts, Array<int32_t, 2> page_tables,
-                    int num_threads, const std::string& isa) {
+nb::tuple attention(const OwnedKVPool& owner, int64_t layer, Array<float, 2> q,
+                    nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu> out, float scale, int32_t window,
+                    Array<int32_t, 1> logical, Array<int64_t, 1> slots, Array<int32_t, 1> parents,
+                    Array<int32_t, 1> starts, Array<int32_t, 2> page_tables, int num_threads,
+                    const std::string& isa) {
     const KVPool& pool = owner.pool();
     check_layer(owner, layer);
     size_t rows = q.shape(0), dim = static_cast<size_t>(pool.layout.head_dim);
-    expect(q.shape(1) >= dim && q.shape(1) % dim == 0 && q.shape(1) / dim <= 65536, "q", "is no [rows, heads * head_dim]");
+    expect(q.shape(1) >= dim && q.shape(1) % dim == 0 && q.shape(1) / dim <= 65536, "q",
+           "is no [rows, heads * head_dim]");
     expect(out.shape(0) == rows && out.shape(1) == q.shape(1), "out", "has another shape than q");
     bool wide = out.dtype() == nb::dtype<float>();
     expect(wide || out.dtype() == nb::dtype<uint16_t>(), "out", "is neither float32 nor uint16 (bfloat16)");
@@ -157,14 +162,17 @@ nb::tuple attention(const OwnedKVPool& owner, int64_t layer, Array<float, 2> q, 
                          scale, window, static_cast<int32_t>(layer)};
     AttentionPlan plan;
     plan.build(batch, pool, shape, num_threads);
-    Memory scratch(static_cast<size_t>(plan.scratch_bytes()));
+    // From the heap, where a sanitizer sees its end.
+    std::unique_ptr<uint8_t, decltype(&std::free)> scratch(
+        static_cast<uint8_t*>(std::aligned_alloc(kAlign, static_cast<size_t>(plan.scratch_bytes()))), &std::free);
+    if (!scratch) throw std::bad_alloc();
     const AttentionKernels& kernels = attention_kernels_for(find_isa(isa));
     int64_t stride = static_cast<int64_t>(q.shape(1));
     Dtype dtype = wide ? Dtype::f32 : Dtype::bf16;
     for (int64_t i = 0; i < plan.num_tasks(); ++i)
-        kernels.run(plan, shape, i, q.data(), stride, out.data(), stride, dtype, scratch.data());
+        kernels.run(plan, shape, i, q.data(), stride, out.data(), stride, dtype, scratch.get());
     for (int64_t i = 0; i < plan.num_merges(); ++i)
-        kernels.merge(plan, shape, i, out.data(), stride, dtype, scratch.data());
+        kernels.merge(plan, shape, i, out.data(), stride, dtype, scratch.get());
     return nb::make_tuple(plan.num_tasks(), plan.num_merges());
 }
 
@@ -185,7 +193,9 @@ void bind_attention(nb::module_& m) {
         .def("read", &read, nb::arg("layer"), nb::arg("slot"))
         .def("copy_pages", &copy, nb::arg("copies"));
     m.def("kv_page_bytes", [](int32_t num_layers, int32_t num_kv_heads, int32_t head_dim, const std::string& format) {
-        expect(num_layers >= 1 && num_kv_heads >= 1 && head_dim >= 1, "num_layers, num_kv_heads or head_dim", "is below 1");
+        expect(num_layers >= 1, "num_layers", "is below 1");
+        expect(num_kv_heads >= 1, "num_kv_heads", "is below 1");
+        expect(head_dim >= 1, "head_dim", "is below 1");
         return KVLayout(find_format(format), num_layers, num_kv_heads, head_dim).page_bytes();
     }, nb::arg("num_layers"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("format"));
     m.def("kv_store", &kv_store, nb::arg("pool"), nb::arg("layer"), nb::arg("source"), nb::arg("out"),

@@ -75,7 +75,8 @@ class PackedLinear {
         for (size_t i = 0; i < arrays.size(); ++i) attach(sources[i], i, k, scales, zeros);
         check_sources(weight_.matrix, sources);
         weight_.data = Memory(static_cast<size_t>(packed_bytes(weight_.matrix)));
-        if (weight_.matrix.format == Format::i8) weight_.scales.resize(static_cast<size_t>(weight_.matrix.panels * kPanel));
+        if (weight_.matrix.format == Format::i8)
+            weight_.scales.resize(static_cast<size_t>(weight_.matrix.panels * kPanel));
         pack_panels(weight_.matrix, sources, weight_.data.data(), weight_.scales.data(), 0, weight_.matrix.panels);
         weight_.matrix.data = weight_.data.data();
         weight_.matrix.scales = weight_.scales.data();
@@ -85,7 +86,8 @@ class PackedLinear {
 
     // The product of x (float32 or uint16 [rows, k]) and the panels [begin, end), written into `out`.
     void linear(const Array& x, const Output& out, const std::string& isa, std::optional<Vector> bias,
-                std::optional<Rows> delta, const std::string& epilogue, int64_t begin, std::optional<int64_t> end) const {
+                std::optional<Rows> delta, const std::string& epilogue, int64_t begin,
+                std::optional<int64_t> end) const {
         const PackedMatrix& m = weight_.matrix;
         const LinearKernels& kernels = linear_kernels_for(find_isa(isa));
         LinearCall call{};
@@ -105,7 +107,8 @@ class PackedLinear {
         if (is(out, kFloat, 32)) call.out_dtype = Dtype::f32;
         else if (is(out, kUInt, 16)) call.out_dtype = Dtype::bf16;
         else refuse("out must be float32 or uint16");
-        if (call.epilogue == Epilogue::residual && call.out_dtype != Dtype::f32) refuse("out must be float32: residual");
+        if (call.epilogue == Epilogue::residual && call.out_dtype != Dtype::f32)
+            refuse("out must be float32: residual");
         call.out = out.data();
         call.out_stride = out.stride(0);
         if (bias) {

@@ -31,7 +31,7 @@ using Rows = nb::ndarray<const float, nb::numpy, nb::ndim<2>, nb::c_contig, nb::
 template <typename T>
 Array<T> array_of(nb::handle owner, const char* name) {
     Array<T> array;
-    if (!nb::try_cast(nb::getattr(owner, name), array, false)) refuse(name, "is not an array of the right type and shape");
+    if (!nb::try_cast(nb::getattr(owner, name), array, false)) refuse(name, "has the wrong type, dtype or shape");
     return array;
 }
 

@@ -14,13 +14,15 @@ KVTarget kv_target(const KVPool& pool, int64_t layer) {
     const KVLayout& layout = pool.layout;
     if (layout.format != KVFormat::f32 && layout.head_dim % 2)
         throw std::invalid_argument("head_dim is odd");  // pairs of dimensions
-    if (layout.head_dim > kMaxHeadDim) throw std::invalid_argument("head_dim is above " + std::to_string(kMaxHeadDim));
+    if (layout.head_dim > kMaxHeadDim)
+        throw std::invalid_argument("head_dim is above " + std::to_string(kMaxHeadDim));
     return {pool.bytes, layout.format, layout.num_kv_heads, layout.head_dim, static_cast<int32_t>(layout.dim16),
             pool.frame_bytes, pool.pages_per_frame, layout.page_bytes(), layout.k_offset(layer, 0),
             layout.head_bytes(), layout.k_bytes, layout.v_bytes};
 }
 
-void check_store(const KVPool& pool, const int32_t* positions, const int64_t* slots, int64_t rows, int64_t max_context) {
+void check_store(const KVPool& pool, const int32_t* positions, const int64_t* slots, int64_t rows,
+                 int64_t max_context) {
     int64_t num_slots = pool.num_pages() * kPageSize;
     for (int64_t row = 0; row < rows; ++row) {
         if (positions[row] < 0 || positions[row] >= max_context)

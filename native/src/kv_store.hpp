@@ -49,7 +49,8 @@ struct KVStoreKernels {
 const KVStoreKernels& kv_store_kernels_for(Isa isa);
 
 // Throws std::invalid_argument where a position lies outside the tables or a slot outside the pool.
-void check_store(const KVPool& pool, const int32_t* positions, const int64_t* slots, int64_t rows, int64_t max_context);
+void check_store(const KVPool& pool, const int32_t* positions, const int64_t* slots, int64_t rows,
+                 int64_t max_context);
 
 // Pages int32 [count, 2] (source, destination); all sources are read before any page is overwritten. Throws
 // std::invalid_argument for a page outside the pool, before anything is copied.

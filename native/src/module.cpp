@@ -9,6 +9,7 @@ namespace nb = nanobind;
 
 namespace tokenloom {
 void bind_simd(nb::module_& m);
+void bind_limits(nb::module_& m);
 void bind_sampler(nb::module_& m);
 void bind_attention(nb::module_& m);
 void bind_linear(nb::module_& m);
@@ -28,4 +29,5 @@ NB_MODULE(_native, m) {
     tokenloom::bind_weight(m);
     tokenloom::bind_model(m);
     tokenloom::bind_simd(m);
+    tokenloom::bind_limits(m);
 }

@@ -21,6 +21,7 @@ constexpr float kLowestScore = static_cast<float>(kMinGumbel - kMaxGumbel - 1);
 
 // A shell of scores that is no larger than this is sorted out as a list.
 constexpr int64_t kListSize = 512;
+constexpr int64_t kListShare = 16;  // and this part of the vocabulary, where masses would be added in each round
 constexpr int kMaxRounds = 8;
 
 float sanitized(float logit) { return std::isnan(logit) ? -kInfinity : std::min(logit, FLT_MAX); }
@@ -59,6 +60,8 @@ struct Scores {
     int64_t size;
     float top, lowest;
 };
+
+int64_t longest_list(const Scores& scores) { return std::max(kListSize, scores.size / kListShare); }
 
 // Scores in [low, high), and what is above them.
 struct Shell {
@@ -99,11 +102,12 @@ void take_shell(const float* thresholds, const Split& split, int chosen, Shell& 
 template <typename Reaches>
 Shell find_shell(const Scores& scores, float* thresholds, Split& split, bool with_masses, Reaches reaches) {
     Shell shell{scores.lowest, kInfinity, 0, 0, 0};
+    const int64_t longest = with_masses ? longest_list(scores) : kListSize;
     for (int round = 0;; ++round) {
         int chosen = 0;
         while (chosen < kThresholds - 1 && !reaches(split, chosen)) ++chosen;
         take_shell(thresholds, split, chosen, shell);
-        if (shell.count <= kListSize || round == kMaxRounds || !cut(scores, shell, thresholds)) return shell;
+        if (shell.count <= longest || round == kMaxRounds || !cut(scores, shell, thresholds)) return shell;
         scores.kernels.split(scores.values, scores.size, thresholds, with_masses, &split);
     }
 }
@@ -117,21 +121,35 @@ float score_of(uint64_t key) {
 
 int32_t id_of(uint64_t key) { return static_cast<int32_t>(static_cast<uint32_t>(key)); }
 
-// Keys of the `count` best tokens, in any order but with the last one at the end; fewer if there are fewer.
-int64_t best_keys(const Scores& scores, int64_t count, uint64_t* keys) {
+// The shell of the token at place `count` of the order, or of the last one.
+Shell shell_at(const Scores& scores, int64_t count) {
     float thresholds[kThresholds];
     Split split;
     first_thresholds(scores, thresholds);
     scores.kernels.split(scores.values, scores.size, thresholds, false, &split);
-    Shell shell = find_shell(scores, thresholds, split, false,
-                             [count](const Split& s, int i) { return s.count[i] >= count; });
-    int64_t found = scores.kernels.collect(scores.values, scores.size, shell.low, kInfinity, keys);
+    return find_shell(scores, thresholds, split, false, [count](const Split& s, int i) { return s.count[i] >= count; });
+}
+
+// Keys of the `count` best tokens, in any order but with the last one at the end; fewer if there are fewer.
+int64_t best_keys(const Scores& scores, int64_t count, uint64_t* keys) {
+    int64_t found = scores.kernels.collect(scores.values, scores.size, shell_at(scores, count).low, kInfinity, keys);
     count = std::min(count, found);
     if (count) std::nth_element(keys, keys + count - 1, keys + found);
     return count;
 }
 
-int64_t total_mass(const SamplingKernels& kernels, const uint64_t* keys, int64_t count) {
+LastToken last_token(uint64_t key) { return {score_of(key), id_of(key)}; }
+
+LastToken top_k_end(const Scores& scores, int64_t count, uint64_t* keys) {
+    Shell shell = shell_at(scores, count);
+    int64_t found = scores.kernels.collect(scores.values, scores.size, shell.low, shell.high, keys);
+    int64_t place = count - 1 - shell.count_above;
+    if (place >= found) return {scores.lowest, kAnyId};
+    std::nth_element(keys, keys + place, keys + found);
+    return last_token(keys[place]);
+}
+
+int64_t list_mass(const SamplingKernels& kernels, const uint64_t* keys, int64_t count) {
     constexpr int64_t part = 64;
     int64_t masses[part], total = 0;
     for (int64_t i = 0; i < count; i += part) {
@@ -148,7 +166,7 @@ uint64_t key_at_mass(const SamplingKernels& kernels, uint64_t* keys, int64_t cou
     while (count > sorted_size) {
         int64_t half = count / 2;
         std::nth_element(keys, keys + half, keys + count);
-        int64_t mass = total_mass(kernels, keys, half);
+        int64_t mass = list_mass(kernels, keys, half);
         if (static_cast<double>(above + mass) >= wanted) {
             count = half;
         } else {
@@ -167,37 +185,61 @@ uint64_t key_at_mass(const SamplingKernels& kernels, uint64_t* keys, int64_t cou
     return keys[count - 1];
 }
 
-LastToken last_token(uint64_t key) { return {score_of(key), id_of(key)}; }
+// The best tokens as lists, shell by shell, while these are short: most nuclei are. False: it ends further down.
+bool find_in_lists(const Scores& scores, const float* thresholds, const Split& split, double wanted, uint64_t* keys,
+                   LastToken& last) {
+    const int64_t longest = longest_list(scores);
+    int64_t above = 0, count_above = 0;
+    float high = kInfinity;
+    for (int i = 0; i < kThresholds; ++i) {
+        int64_t count = split.count[i] - count_above;
+        if (count > longest) return false;
+        if (!count) continue;
+        scores.kernels.collect(scores.values, scores.size, thresholds[i], high, keys);
+        int64_t mass = list_mass(scores.kernels, keys, count);
+        if (static_cast<double>(above + mass) >= wanted) {
+            last = last_token(key_at_mass(scores.kernels, keys, count, above, wanted));
+            return true;
+        }
+        above += mass;
+        count_above = split.count[i];
+        high = thresholds[i];
+    }
+    return false;
+}
 
 LastToken nucleus_end(const Scores& scores, float top_p, uint64_t* keys) {
     float thresholds[kThresholds];
     Split split;
+    LastToken last{scores.lowest, kAnyId};
+    double wanted = static_cast<double>(top_p) *
+                    static_cast<double>(scores.kernels.total_mass(scores.values, scores.size));
     first_thresholds(scores, thresholds);
+    scores.kernels.split(scores.values, scores.size, thresholds, false, &split);
+    if (find_in_lists(scores, thresholds, split, wanted, keys, last)) return last;
     scores.kernels.split(scores.values, scores.size, thresholds, true, &split);
-    double wanted = static_cast<double>(top_p) * static_cast<double>(split.mass[kThresholds - 1]);
     Shell shell = find_shell(scores, thresholds, split, true, [wanted](const Split& s, int i) {
         return static_cast<double>(s.mass[i]) >= wanted;
     });
     int64_t found = scores.kernels.collect(scores.values, scores.size, shell.low, shell.high, keys);
-    if (!found) return {scores.lowest, kAnyId};
-    return last_token(key_at_mass(scores.kernels, keys, found, shell.mass_above, wanted));
+    return found ? last_token(key_at_mass(scores.kernels, keys, found, shell.mass_above, wanted)) : last;
+}
+
+// The end of the nucleus of the `count` best tokens.
+LastToken nucleus_end(const Scores& scores, int64_t count, float top_p, uint64_t* keys) {
+    count = best_keys(scores, count, keys);
+    if (!count) return {scores.lowest, kAnyId};
+    double wanted = static_cast<double>(top_p) * static_cast<double>(list_mass(scores.kernels, keys, count));
+    return last_token(key_at_mass(scores.kernels, keys, count, 0, wanted));
 }
 
 // Where top_k and then top_p end the order; min_p has its part in scores.lowest.
 LastToken truncate(const Scores& scores, const SampleEntry& entry, uint64_t* keys) {
-    LastToken last{scores.lowest, kAnyId};
     bool has_nucleus = entry.top_p < 1;
     if (entry.top_k > 0 && entry.top_k < scores.size) {
-        int64_t count = best_keys(scores, entry.top_k, keys);
-        if (count) last = last_token(keys[count - 1]);
-        if (count && has_nucleus) {
-            double wanted = static_cast<double>(entry.top_p) *
-                            static_cast<double>(total_mass(scores.kernels, keys, count));
-            last = last_token(key_at_mass(scores.kernels, keys, count, 0, wanted));
-        }
-        return last;
+        return has_nucleus ? nucleus_end(scores, entry.top_k, entry.top_p, keys) : top_k_end(scores, entry.top_k, keys);
     }
-    return has_nucleus ? nucleus_end(scores, entry.top_p, keys) : last;
+    return has_nucleus ? nucleus_end(scores, entry.top_p, keys) : LastToken{scores.lowest, kAnyId};
 }
 
 // The lowest score that min_p keeps, not below kLowestScore. The best token stays whatever min_p is.

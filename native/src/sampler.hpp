@@ -41,12 +41,14 @@ struct SamplingKernels {
     // (logit - best) - log_total.
     void (*log_softmax)(const float* logits, int64_t n, LogSum sum, float* out);
     LogSum (*log_sum_exp)(const float* logits, int64_t n);
+    // The masses of all scores: exp(score) in units of 2^-34, to the nearest.
+    int64_t (*total_mass)(const float* scores, int64_t n);
     void (*split)(const float* scores, int64_t n, const float* thresholds, bool with_masses, Split* out);
     // The keys of scores in [low, high), in the order of their ids; returns how many.
     int64_t (*collect)(const float* scores, int64_t n, float low, float high, uint64_t* keys);
     // How many scores are above `score`, or equal to it with a lower id than `id`.
     int64_t (*count_before)(const float* scores, int64_t n, float score, int64_t id);
-    // The masses of keys: exp(score) in units of 2^-34.
+    // The mass of each key.
     void (*masses)(const uint64_t* keys, int64_t n, int64_t* out);
     // argmax of score + noise over tokens up to `last`; `start` is one of them, with a score of 0.
     int64_t (*draw)(const float* scores, int64_t n, LastToken last, int64_t start, const NoiseKey& key);

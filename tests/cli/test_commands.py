@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tokenloom import __version__
-from tokenloom.cli import machine
+from tokenloom.cli import doctor, machine
 from tokenloom.cli.main import app
 
 run = CliRunner().invoke
@@ -33,7 +33,7 @@ def test_help_lists_the_commands() -> None:
 def test_doctor() -> None:
     result = run(app, ["doctor"])
     assert result.exit_code == 0
-    words = "avx2 avx512_bf16 neon GB/s cores GiB compiler gpu blas reference numpy"
+    words = "avx2 avx512_bf16 neon GB/s cores GiB compiler gpu blas numpy"
     assert [word for word in words.split() if word not in result.output] == []
 
 
@@ -44,6 +44,15 @@ def test_doctor_as_json() -> None:
     assert set(facts["processor"]["features"]) == set(machine.FEATURES)
     assert facts["bandwidth"]["copy_gb_s"] > 0.1
     assert facts["bandwidth"]["read_gb_s"] > 0.1
+    ops = facts["ops"]
+    assert ops["kernels"] == ("native" if ops["isas"] else "reference")
+    assert (ops["reason"] is None) == (ops["kernels"] == "native")
+
+
+def test_doctor_says_why_there_are_no_native_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "missing", lambda: "no compiler was found")
+    output = run(app, ["doctor"]).output
+    assert "reference (numpy): no compiler" in " ".join(output.split())
 
 
 def test_a_machine_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,16 @@ from rich.table import Table
 
 from tokenloom import __version__
 from tokenloom.cli import machine
+from tokenloom.kernels.native.extension import isas, missing
 
-OPS = "reference (numpy)"
+
+def ops() -> dict[str, Any]:
+    """Which kernels are in use, their instruction sets (the best first), and why there are no native ones."""
+    reason = missing()
+    if reason is not None:
+        return {"kernels": "reference", "isa": None, "isas": [], "reason": reason}
+    usable = isas()
+    return {"kernels": "native", "isa": usable[0], "isas": usable, "reason": None}
 
 
 def examine() -> dict[str, Any]:
@@ -25,7 +33,7 @@ def examine() -> dict[str, Any]:
         "compiler": machine.compiler(),
         "gpu": shutil.which("nvidia-smi") is not None,
         "blas": machine.blas(),
-        "ops": OPS,
+        "ops": ops(),
         "versions": machine.versions(),
     }
 
@@ -41,12 +49,19 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("features", features),
         ("memory", f"{memory['total_gib']} GiB, {memory['available_gib']} GiB available"),
         ("bandwidth", f"copy {bandwidth['copy_gb_s']} GB/s, read {bandwidth['read_gb_s']} GB/s (measured)"),
-        ("compiler", facts["compiler"] or "none found (not needed by the reference ops)"),
+        ("compiler", facts["compiler"] or "none found (it is needed to build the native ops)"),
         ("gpu", "nvidia-smi found; the engine does not use it" if facts["gpu"] else "none found"),
         ("blas", f"{blas['name']} {blas['version']}{threads}"),
-        ("ops in use", facts["ops"]),
+        ("ops in use", _ops_text(facts["ops"])),
         ("versions", versions),
     ]
+
+
+def _ops_text(facts: dict[str, Any]) -> str:
+    if facts["kernels"] == "reference":
+        return f"reference (numpy): {facts['reason']}"
+    others = ", ".join(facts["isas"][1:])
+    return f"native, {facts['isa']}, the best that this processor has (it can run {others} too)"
 
 
 def doctor(as_json: bool) -> None:

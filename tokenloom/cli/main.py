@@ -131,6 +131,15 @@ def quantize(
     run(config, report, text, tokens, as_json)
 
 
+@bench.command()
+@configured(model_argument=True)
+def roofline(*, config: Config, as_json: JsonFlag = False) -> None:
+    """Measure this machine's limits, and how near each op and each step comes to them."""
+    from tokenloom.cli.roofline import run
+
+    run(config, as_json)
+
+
 @app.command()
 def doctor(as_json: JsonFlag = False) -> None:
     """Show what this machine offers and what the engine uses of it."""

@@ -13,12 +13,16 @@ namespace TL_ISA {
 
 namespace {
 
-// Register tiles: 12 x 2 and 6 x 4 vectors where there are 32 registers of 16 lanes, else what fits.
+// Register tiles of query vectors x vectors of keys or dimensions: 12 x 2 and 6 x 4 where there are 32
+// registers of 16 lanes. Elsewhere one vector is several registers, and bf16 needs some for halves of pairs.
 constexpr bool kWide = kMaxTileRows >= 12;
-constexpr int kScoreRows = kWide ? 12 : 4;
-constexpr int kProductRows = kWide ? 6 : 2;
-constexpr int kProductVectors = kWide ? 4 : 2;
-constexpr int kScoreVectors = kWide ? 24 : 4;
+template <bool kPairs>
+struct Registers {
+    static constexpr int kScoreRows = kWide ? 12 : kPairs ? 4 : 6;
+    static constexpr int kScoreVectors = kWide ? 24 : kScoreRows;  // in all
+    static constexpr int kProductRows = kWide ? 6 : kScoreRows;
+    static constexpr int kProductColumns = kWide ? 4 : 1;
+};
 
 // Scores are subtracted from at least this, so that a vector that sees nothing of a split gives zeros.
 constexpr float kLowest = -3.0e38f;
@@ -79,20 +83,14 @@ struct Tile {
     int begin, end;
 };
 
-TL_INLINE int tiles_per_row(const AttentionTables& plan) { return (plan.group + kQueryTile - 1) / kQueryTile; }
+TL_INLINE int count_vectors(const AttentionTables& plan, const AttentionBlock& block) {
+    return (block.row_end - block.row_begin) * plan.group;
+}
 TL_INLINE int count_tiles(const AttentionTables& plan, const AttentionBlock& block) {
-    int rows = block.row_end - block.row_begin;
-    if (block.by_row) return rows * tiles_per_row(plan);
-    return (rows * plan.group + kQueryTile - 1) / kQueryTile;
+    return (count_vectors(plan, block) + kQueryTile - 1) / kQueryTile;
 }
 TL_INLINE Tile tile_at(const AttentionTables& plan, const AttentionBlock& block, int tile) {
-    if (block.by_row) {
-        int per_row = tiles_per_row(plan), row = tile / per_row;
-        int begin = row * plan.group + tile % per_row * kQueryTile;
-        return {begin, smaller(begin + kQueryTile, (row + 1) * plan.group)};
-    }
-    int all = (block.row_end - block.row_begin) * plan.group;
-    return {tile * kQueryTile, smaller((tile + 1) * kQueryTile, all)};
+    return {tile * kQueryTile, smaller((tile + 1) * kQueryTile, count_vectors(plan, block))};
 }
 
 // Keys [first, last] of a split that a row sees, counted from the split's start.
@@ -189,6 +187,7 @@ TL_INLINE void score_tile(const uint32_t* q, int64_t steps, const uint8_t* const
 template <bool kPairs, int R>
 TL_INLINE void score_rows(const uint32_t* q, int64_t steps, const uint8_t* const* k, const uint8_t* const* ahead,
                           Pages pages, float* scores) {
+    constexpr int kScoreVectors = Registers<kPairs>::kScoreVectors;
     constexpr int kMost = kScoreVectors / R >= 8 ? 8 : kScoreVectors / R >= 4 ? 4 : kScoreVectors / R >= 2 ? 2 : 1;
     int p = pages.begin;
     if constexpr (kMost >= 8)
@@ -203,6 +202,7 @@ TL_INLINE void score_rows(const uint32_t* q, int64_t steps, const uint8_t* const
 template <bool kPairs>
 TL_NOINLINE void score(int rows, const uint32_t* q, int64_t steps, const uint8_t* const* k, const uint8_t* const* ahead,
                        Pages pages, float* scores) {
+    constexpr int kScoreRows = Registers<kPairs>::kScoreRows;
     for (int r = 0; r < rows; r += kScoreRows, q += kScoreRows, scores += kScoreRows * kSplit) {
         int n = smaller(rows - r, kScoreRows);
 #define TL_ROWS(N)                                                                                              \
@@ -283,7 +283,8 @@ TL_INLINE void softmax_pages(int rows, int begin, int n, const float* const* sca
             else if constexpr (kFormat == KVFormat::bf16)
                 store_bf16_flushed((uint16_t*)(s.shares + r * kSplit) + at, share);
             else
-                store_bf16_flushed((uint16_t*)(s.shares + r * kSplit) + at, mul(share, load(scales[begin + p] + kPageSize)));
+                store_bf16_flushed((uint16_t*)(s.shares + r * kSplit) + at,
+                                   mul(share, load(scales[begin + p] + kPageSize)));
         }
         out.total[r] = sum(lanes);
     }
@@ -306,10 +307,6 @@ TL_NOINLINE void softmax(const AttentionTables& plan, const AttentionBlock& bloc
     }
     if (n == kSplitPages) softmax_pages<kFormat>(rows, 0, kSplitPages, scales, s, out);
     else softmax_pages<kFormat>(rows, pages.begin, n, scales, s, out);
-    for (int r = rows; r < kLanes; ++r) {
-        out.best[r] = -__builtin_inff();
-        out.total[r] = 0;
-    }
 }
 
 // --- products -------------------------------------------------------------------------------------------
@@ -353,6 +350,7 @@ TL_INLINE void product_tile(const float* shares, const uint8_t* const* v, const 
 template <bool kPairs, int C>
 TL_INLINE void product_rows(int rows, const float* shares, const uint8_t* const* v, const uint8_t* const* ahead,
                             int64_t v_stride, Pages pages, float* out, int64_t out_stride) {
+    constexpr int kProductRows = Registers<kPairs>::kProductRows;
     while (rows > 0) {
         // 7 vectors as 4 and 3, not as 6 and 1: a short tile waits for its own sums.
         int n = rows > kProductRows && rows < 2 * kProductRows ? (rows + 1) / 2 : smaller(rows, kProductRows);
@@ -372,6 +370,7 @@ TL_INLINE void product_rows(int rows, const float* shares, const uint8_t* const*
 template <bool kPairs>
 TL_NOINLINE void product(int rows, const float* shares, const uint8_t* const* v, const uint8_t* const* ahead, int dim16,
                          Pages pages, float* out) {
+    constexpr int kProductColumns = Registers<kPairs>::kProductColumns;
     const int64_t v_stride = dim16 * 4;
     int left = dim16 / kLanes;
     const uint8_t* values[kSplitPages];
@@ -381,10 +380,10 @@ TL_NOINLINE void product(int rows, const float* shares, const uint8_t* const* v,
         next[p] = ahead[p];
     }
     while (left) {
-        int n = left > kProductVectors && left < 2 * kProductVectors ? (left + 1) / 2 : smaller(left, kProductVectors);
+        int n = left > kProductColumns && left < 2 * kProductColumns ? (left + 1) / 2 : smaller(left, kProductColumns);
 #define TL_VECTORS(N)                                                                            \
     case N:                                                                                      \
-        if constexpr (N <= kProductVectors)                                                      \
+        if constexpr (N <= kProductColumns)                                                      \
             product_rows<kPairs, N>(rows, shares, values, next, v_stride, pages, out, dim16);    \
         break;
         switch (n) { TL_VECTORS(1) TL_VECTORS(2) TL_VECTORS(3) TL_VECTORS(4) }
@@ -420,9 +419,12 @@ TL_NOINLINE void merge_split(int rows, int dim16, Partial state, Partial part) {
     }
 }
 
-TL_INLINE void clear_state(int rows, int dim16, Partial state) {
+// What has seen no key.
+TL_INLINE void clear_sums(Partial state) {
     store(state.best, set(-__builtin_inff()));
     store(state.total, zero());
+}
+TL_INLINE void clear_weighted(int rows, int dim16, Partial state) {
     for (int d = 0; d < rows * dim16; d += kLanes) store(state.weighted + d, zero());
 }
 
@@ -518,7 +520,8 @@ TL_INLINE void find_pages(const AttentionTables& plan, const AttentionBlock& blo
 }
 
 // The next split's pages, or those that the next task of this thread will likely begin with.
-TL_INLINE void look_ahead(const AttentionTables& plan, const AttentionShape& shape, int64_t task, int split, Split* out) {
+TL_INLINE void look_ahead(const AttentionTables& plan, const AttentionShape& shape, int64_t task, int split,
+                          Split* out) {
     const AttentionTask* next = plan.tasks + task;
     if (++split == next->split_end) {
         if (task + plan.num_threads < plan.task_count) next += plan.num_threads;
@@ -568,12 +571,12 @@ TL_INLINE void point_into_pages(const AttentionTables& plan, const Scratch& s, P
 
 // --- tasks ----------------------------------------------------------------------------------------------
 
+// Query vectors [tile.begin, tile.end), whose queries are `q`, over some pages of a split.
 template <KVFormat kFormat>
-TL_INLINE void attend_tile(const AttentionTables& plan, const AttentionBlock& block, Tile tile, int t, int split,
-                           Pages pages, const Split& found, const Scratch& s, Partial out) {
+TL_INLINE void attend_pages(const AttentionTables& plan, const AttentionBlock& block, Tile tile, const uint32_t* q,
+                            int split, Pages pages, const Split& found, const Scratch& s, Partial out) {
     constexpr bool kPairs = kFormat != KVFormat::f32;
     const int rows = tile.end - tile.begin;
-    const uint32_t* q = (const uint32_t*)(s.queries + t * query_bytes(plan));
     if constexpr (kPairs) {
         FlushDenormals guard;
         score<kPairs>(rows, q, depth_steps(plan), found.keys, found.values, pages, s.scores);
@@ -589,28 +592,58 @@ TL_INLINE void attend_tile(const AttentionTables& plan, const AttentionBlock& bl
     }
 }
 
-// Tiles [begin, end) of a block over one split.
+// One tile whose rows find their keys on different pages: row by row. False: no key was seen.
 template <KVFormat kFormat>
-TL_INLINE void attend_split(const AttentionTables& plan, const AttentionBlock& block, int begin, int end, int split,
-                            Split* found, const Scratch& s, float* partials) {
-    Pages used = {kSplitPages, 0};
-    for (int t = begin; t < end; ++t) {
-        Pages pages = seen_pages(plan, block, tile_at(plan, block, t), split);
-        used.begin = smaller(used.begin, pages.begin);
-        used.end = larger(used.end, pages.end);
-    }
-    point_into_pages(plan, s, used, found);
-    for (int t = begin; t < end; ++t) {
-        Tile tile = tile_at(plan, block, t);
-        const int rows = tile.end - tile.begin;
-        Pages pages = seen_pages(plan, block, tile, split);
-        Partial part = partial_at(partials ? partials + t * tile_floats(plan) : s.partial);
+TL_NOINLINE bool attend_by_row(const AttentionTables& plan, const AttentionBlock& block, Tile tile, const uint32_t* q,
+                               int split, int64_t head_offset, Split* found, const Scratch& s, Partial part) {
+    bool any = false;
+    for (int row = tile.begin / plan.group; row <= (tile.end - 1) / plan.group; ++row) {
+        Tile own = {larger(tile.begin, row * plan.group), smaller(tile.end, (row + 1) * plan.group)};
+        const int at = own.begin - tile.begin;
+        Partial out = {part.best + at, part.total + at, part.weighted + at * plan.dim16};
+        Pages pages = seen_pages(plan, block, own, split);
         if (pages.begin >= pages.end) {
-            if (partials) clear_state(rows, plan.dim16, part);
+            clear_weighted(own.end - own.begin, plan.dim16, out);
             continue;
         }
-        attend_tile<kFormat>(plan, block, tile, t, split, pages, *found, s, part);
-        if (!partials) merge_split(rows, plan.dim16, partial_at(s.states + t * tile_floats(plan)), part);
+        any = true;
+        find_pages(plan, block, head_offset, split, found);
+        place_tree_keys(plan, block.row_begin + row, head_offset, split, s, found);
+        point_into_pages(plan, s, pages, found);
+        attend_pages<kFormat>(plan, block, own, q + at, split, pages, *found, s, out);
+    }
+    return any;
+}
+
+// All tiles of a block over one split: into `partials`, or into the running states.
+template <KVFormat kFormat>
+TL_INLINE void attend_split(const AttentionTables& plan, const AttentionBlock& block, int split, int64_t head_offset,
+                            Split* found, const Scratch& s, float* partials) {
+    const int tiles = count_tiles(plan, block);
+    const bool shared = split < block.shared_end;
+    if (shared) {
+        find_pages(plan, block, head_offset, split, found);
+        point_into_pages(plan, s, seen_pages(plan, block, {0, count_vectors(plan, block)}, split), found);
+    }
+    for (int t = 0; t < tiles; ++t) {
+        const Tile tile = tile_at(plan, block, t);
+        const int rows = tile.end - tile.begin;
+        const uint32_t* q = (const uint32_t*)(s.queries + t * query_bytes(plan));
+        Partial part = partial_at(partials ? partials + t * tile_floats(plan) : s.partial);
+        clear_sums(part);
+        bool any;
+        if (shared) {
+            Pages pages = seen_pages(plan, block, tile, split);
+            any = pages.begin < pages.end;
+            if (any) attend_pages<kFormat>(plan, block, tile, q, split, pages, *found, s, part);
+        } else {
+            any = attend_by_row<kFormat>(plan, block, tile, q, split, head_offset, found, s, part);
+        }
+        if (partials) {
+            if (!any) clear_weighted(rows, plan.dim16, part);
+        } else if (any) {
+            merge_split(rows, plan.dim16, partial_at(s.states + t * tile_floats(plan)), part);
+        }
     }
 }
 
@@ -621,34 +654,23 @@ TL_NOINLINE void run_task(const AttentionTables& plan, const AttentionShape& sha
     const AttentionBlock& block = plan.blocks[task.block];
     const int64_t head_offset = shape.layer * plan.layer_bytes + task.kv_head * plan.head_bytes;
     const int tiles = count_tiles(plan, block);
-    pack_queries(plan, block, shape, task.kv_head, q, q_stride, s);
     const bool whole = task.partial < 0;
-    if (whole)
-        for (int t = 0; t < tiles; ++t) {
-            Tile tile = tile_at(plan, block, t);
-            clear_state(tile.end - tile.begin, plan.dim16, partial_at(s.states + t * tile_floats(plan)));
-        }
+    pack_queries(plan, block, shape, task.kv_head, q, q_stride, s);
+    for (int t = 0; t < tiles && whole; ++t) {
+        Partial state = partial_at(s.states + t * tile_floats(plan));
+        clear_sums(state);
+        clear_weighted(kQueryTile, plan.dim16, state);
+    }
     for (int split = task.split_begin; split < task.split_end; ++split) {
-        float* partials = whole ? 0 : plan.partials + task.partial + (split - task.split_begin) * tiles * tile_floats(plan);
+        const int64_t done = (int64_t)(split - task.split_begin) * tiles * tile_floats(plan);
         Split found;
         look_ahead(plan, shape, index, split, &found);
-        if (split < block.shared_end) {
-            find_pages(plan, block, head_offset, split, &found);
-            attend_split<kFormat>(plan, block, 0, tiles, split, &found, s, partials);
-        } else {
-            const int per_row = tiles_per_row(plan);
-            for (int row = block.row_begin; row < block.row_end; ++row) {
-                int first = (row - block.row_begin) * per_row;
-                find_pages(plan, block, head_offset, split, &found);
-                place_tree_keys(plan, row, head_offset, split, s, &found);
-                attend_split<kFormat>(plan, block, first, first + per_row, split, &found, s, partials);
-            }
-        }
+        float* partials = whole ? 0 : plan.partials + task.partial + done;
+        attend_split<kFormat>(plan, block, split, head_offset, &found, s, partials);
     }
-    if (whole)
-        for (int t = 0; t < tiles; ++t)
-            finish(plan, block, task.kv_head, tile_at(plan, block, t), partial_at(s.states + t * tile_floats(plan)), out,
-                   out_stride, dtype);
+    for (int t = 0; t < tiles && whole; ++t)
+        finish(plan, block, task.kv_head, tile_at(plan, block, t), partial_at(s.states + t * tile_floats(plan)), out,
+               out_stride, dtype);
 }
 
 void run(const AttentionTables& plan, const AttentionShape& shape, int64_t task, const float* q, int64_t q_stride,
@@ -672,7 +694,8 @@ void merge(const AttentionTables& plan, const AttentionShape&, int64_t merge, vo
         Tile tile = tile_at(plan, block, t);
         const int rows = tile.end - tile.begin;
         Partial state = partial_at(s.partial);
-        clear_state(rows, plan.dim16, state);
+        clear_sums(state);
+        clear_weighted(rows, plan.dim16, state);
         for (int split = 0; split < block.split_end - block.split_begin; ++split)
             merge_split(rows, plan.dim16, state,
                         partial_at(plan.partials + found.partial + ((int64_t)split * tiles + t) * tile_floats(plan)));

@@ -144,13 +144,15 @@ void read_slot(const KVTarget& target, int64_t slot, float* k, float* v) {
         const float* scales = (const float*)(values + target.v_bytes);
         for (int d = 0; d < dim; ++d) {
             int64_t at_k = target.format == KVFormat::f32 ? d * 16 + offset : d / 2 * 32 + offset * 2 + d % 2;
-            int64_t at_v = target.format == KVFormat::f32 ? offset * row + d : offset / 2 * row * 2 + d * 2 + offset % 2;
+            int64_t at_v = offset / 2 * row * 2 + d * 2 + offset % 2;
+            if (target.format == KVFormat::f32) at_v = offset * row + d;
             float x, y;
             if (target.format == KVFormat::f32) {
                 x = ((const float*)keys)[at_k];
                 y = ((const float*)values)[at_v];
             } else if (target.format == KVFormat::bf16) {
-                uint32_t a = (uint32_t)((const uint16_t*)keys)[at_k] << 16, b = (uint32_t)((const uint16_t*)values)[at_v] << 16;
+                uint32_t a = (uint32_t)((const uint16_t*)keys)[at_k] << 16;
+                uint32_t b = (uint32_t)((const uint16_t*)values)[at_v] << 16;
                 __builtin_memcpy(&x, &a, 4);
                 __builtin_memcpy(&y, &b, 4);
             } else {

@@ -15,9 +15,9 @@ namespace TL_ISA {
 #define TL_UNROLL _Pragma("GCC unroll 16")
 
 constexpr int64_t kStepBytes = 128;
+constexpr int kVectors = 2;                    // of a step
 constexpr int kBlockRows = 40 * kMaxTileRows;  // rows whose sums lie in the scratch of one call
-constexpr int kPairRows = 3;                   // up to here two panels run side by side
-constexpr int64_t kPrefetch = 4096;            // bytes ahead in the stream of weights
+constexpr int64_t kPrefetch = 8192;            // bytes ahead in the stream of weights
 
 struct Nothing { Nothing() {} ~Nothing() {} };
 
@@ -63,16 +63,14 @@ struct StepI8 {
 
 // A run of steps for one register tile.
 struct Run {
-    const uint8_t* weight;  // of the first panel
-    int64_t panel_bytes;
+    const uint8_t* weight;
     const uint8_t* source;  // of the first row
     int64_t stride;         // bytes between rows
     int64_t steps;
     bool odd;               // one more step, of which only the first half of the source counts
     bool first;             // sums start at zero, else they go on
-    float* sums;            // [row][32], the second panel `panel_sums` later
-    int64_t panel_sums;
-    const uint8_t* ahead;   // what to fetch meanwhile: `lines` cache lines every 4 steps
+    float* sums;            // [row][32]
+    const uint8_t* ahead;   // what to fetch meanwhile: `lines` cache lines every 4 steps (i4: 2)
     int lines;
 };
 
@@ -83,17 +81,17 @@ TL_INLINE const uint8_t* opaque(const uint8_t* p) {
     return p;
 }
 
-template <class Step, int ROWS, int PANELS>
+template <class Step, int ROWS>
 TL_NOINLINE void multiply(const Run& run) {
-    constexpr int kVectors = 2 * PANELS, kBases = (ROWS + 2) / 3;
+    constexpr int kBases = (ROWS + 2) / 3;
     typename Step::Sum sums[ROWS][kVectors];
     TL_UNROLL for (int r = 0; r < ROWS; ++r) {
         TL_UNROLL for (int v = 0; v < kVectors; ++v) {
-            const float* p = run.sums + v / 2 * run.panel_sums + r * kPanel + v % 2 * kLanes;
+            const float* p = run.sums + r * kPanel + v * kLanes;
             sums[r][v] = run.first ? Step::none() : Step::from(p);
         }
     }
-    const int64_t stride = run.stride, panel_bytes = run.panel_bytes;
+    const int64_t stride = run.stride;
     const uint8_t* weight = run.weight;
     const uint8_t* base[kBases];
     TL_UNROLL for (int b = 0; b < kBases; ++b) base[b] = opaque(run.source + 3 * b * stride);
@@ -102,7 +100,7 @@ TL_NOINLINE void multiply(const Run& run) {
     auto step = [&](int64_t u, auto source) __attribute__((always_inline)) {
         typename Step::Weight w[kVectors];
         TL_UNROLL for (int v = 0; v < kVectors; ++v)
-            w[v] = Step::weight(weight + v / 2 * panel_bytes + u * kStepBytes + v % 2 * 64);
+            w[v] = Step::weight(weight + u * kStepBytes + v * 64);
         TL_UNROLL for (int r = 0; r < ROWS; ++r) {
             typename Step::Weight x = source(base[r / 3] + r % 3 * stride + 4 * u);
             TL_UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = Step::step(sums[r][v], w[v], x);
@@ -114,7 +112,6 @@ TL_NOINLINE void multiply(const Run& run) {
     for (; left >= 4; left -= 4) {
         for (int i = 0; i < lines; ++i) {
             prefetch(ahead);
-            if (PANELS == 2) prefetch(ahead + panel_bytes);
             ahead += 64;
         }
         TL_UNROLL for (int u = 0; u < 4; ++u) step(u, whole);
@@ -129,9 +126,20 @@ TL_NOINLINE void multiply(const Run& run) {
     if (run.odd) step(0, half);
     TL_UNROLL for (int r = 0; r < ROWS; ++r) {
         TL_UNROLL for (int v = 0; v < kVectors; ++v)
-            Step::to(run.sums + v / 2 * run.panel_sums + r * kPanel + v % 2 * kLanes, sums[r][v]);
+            Step::to(run.sums + r * kPanel + v * kLanes, sums[r][v]);
     }
 }
+
+// work(At<0>), work(At<1>), ... in place: with constant indices from the start, arrays of vectors become registers.
+template <int N> struct At { static constexpr int value = N; };
+template <int FIRST, int COUNT, class Work> TL_INLINE void each_from(const Work& work) {
+    if constexpr (FIRST < COUNT) {
+        work(At<FIRST>());
+        each_from<FIRST + 1, COUNT>(work);
+    }
+}
+template <int COUNT, class Work> TL_INLINE void each(const Work& work) { each_from<0, COUNT>(work); }
+#define TL_EACH(name, count) each<count>([&](auto name) __attribute__((always_inline))
 
 // What an i4 product needs beyond a run: the sums of the quantised rows, per group.
 struct Groups {
@@ -147,53 +155,51 @@ TL_INLINE I group_zero(const uint8_t* tail, int half) { return load_u8(tail + 2 
 
 // A vector of weights holds two steps, low and high nibbles. The sums of a group are exact; the running totals
 // stay in memory and take one fused step per group.
-template <int ROWS, int PANELS>
+template <int ROWS>
 TL_NOINLINE void multiply_i4(const Run& run, const Groups& groups) {
-    constexpr int kVectors = 2 * PANELS, kBases = (ROWS + 2) / 3;
+    constexpr int kBases = (ROWS + 2) / 3;
     const I low_bits = iset(0x0f0f0f0f);
-    const int64_t stride = run.stride, panel_bytes = run.panel_bytes;
+    const int64_t stride = run.stride;
     const uint8_t* weight = run.weight;
     const uint8_t* base[kBases];
-    TL_UNROLL for (int b = 0; b < kBases; ++b) base[b] = opaque(run.source + 3 * b * stride);
+    TL_EACH(b, kBases) { base[b.value] = opaque(run.source + 3 * b.value * stride); });
     const uint8_t* ahead = run.ahead;
     const int lines = run.lines;
     for (int64_t g = 0; g < groups.count; ++g, weight += groups.bytes) {
         I sums[ROWS][kVectors];
-        TL_UNROLL for (int r = 0; r < ROWS; ++r)
-            TL_UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = izero();
+        TL_EACH(r, ROWS) { TL_EACH(v, kVectors) { sums[r.value][v.value] = izero(); }); });
         const uint8_t* p = weight;
         for (int64_t left = groups.pairs; left > 0; --left) {
             for (int i = 0; i < lines; ++i) {
                 prefetch(ahead);
-                if (PANELS == 2) prefetch(ahead + panel_bytes);
                 ahead += 64;
             }
-            I low[kVectors], high[kVectors];
-            TL_UNROLL for (int v = 0; v < kVectors; ++v) {
-                I both = iload(p + v / 2 * panel_bytes + v % 2 * 64);
-                low[v] = iand(both, low_bits);
-                high[v] = iand(shr<4>(both), low_bits);
-            }
-            TL_UNROLL for (int r = 0; r < ROWS; ++r) {
-                const uint8_t* x = base[r / 3] + r % 3 * stride;
-                I first = iset(*(const int32_t*)x), second = iset(*(const int32_t*)(x + 4));
-                TL_UNROLL for (int v = 0; v < kVectors; ++v) {
-                    sums[r][v] = dot_u8s8(sums[r][v], low[v], first);
-                    sums[r][v] = dot_u8s8(sums[r][v], high[v], second);
-                }
-            }
+            TL_EACH(nibble, 2) {
+                I w[kVectors];
+                TL_EACH(v, kVectors) {
+                    I both = iload(p + v.value * 64);
+                    w[v.value] = iand(nibble.value ? shr<4>(both) : both, low_bits);
+                });
+                TL_EACH(r, ROWS) {
+                    const I x = iset(*(const int32_t*)(base[r.value / 3] + r.value % 3 * stride + 4 * nibble.value));
+                    TL_EACH(v, kVectors) {
+                        sums[r.value][v.value] = dot_u8s8(sums[r.value][v.value], w[v.value], x);
+                    });
+                });
+            });
             p += kStepBytes;
-            TL_UNROLL for (int b = 0; b < kBases; ++b) base[b] = opaque(base[b] + 8);
+            TL_EACH(b, kBases) { base[b.value] = opaque(base[b.value] + 8); });
         }
-        TL_UNROLL for (int v = 0; v < kVectors; ++v) {
-            const F scale = group_scale(p + v / 2 * panel_bytes, v % 2);
-            const I zeros = group_zero(p + v / 2 * panel_bytes, v % 2);
-            TL_UNROLL for (int r = 0; r < ROWS; ++r) {
-                float* total = run.sums + v / 2 * run.panel_sums + r * kPanel + v % 2 * kLanes;
-                const I shift = imul(zeros, iset(groups.sums[r * groups.count + g]));
-                store(total, fma(to_float(isub(sums[r][v], shift)), scale, load(total)));
-            }
-        }
+        TL_EACH(v, kVectors) {
+            const F scale = group_scale(p, v.value);
+            const I zeros = group_zero(p, v.value);
+            TL_EACH(r, ROWS) {
+                float* total = run.sums + r.value * kPanel + v.value * kLanes;
+                const I shift = imul(zeros, iset(groups.sums[r.value * groups.count + g]));
+                const I exact = isub(sums[r.value][v.value], shift);
+                store(total, fma(to_float(exact), scale, load(total)));
+            });
+        });
     }
 }
 
@@ -214,22 +220,18 @@ TL_NOINLINE void multiply_i4(const Run& run, const Groups& groups) {
         case 12: TILE(12); break;                                                  \
     }
 static_assert(kMaxTileRows <= 12, "more tile heights");
-constexpr int capped(int rows, int most) { return rows < most ? rows : most; }
+constexpr int capped(int rows) { return rows < kMaxTileRows ? rows : kMaxTileRows; }
 
 template <class Step>
-static void multiply_tile(const Run& run, int rows, int panels) {
-#define TL_ONE(n) multiply<Step, capped(n, kMaxTileRows), 1>(run)
-#define TL_TWO(n) multiply<Step, capped(n, kPairRows), 2>(run)
-    if (panels == 1) { TL_FOR_HEIGHT(rows, TL_ONE) } else { TL_FOR_HEIGHT(rows, TL_TWO) }
-#undef TL_ONE
-#undef TL_TWO
+static void multiply_tile(const Run& run, int rows) {
+#define TL_TILE(n) multiply<Step, capped(n)>(run)
+    TL_FOR_HEIGHT(rows, TL_TILE)
+#undef TL_TILE
 }
-static void multiply_tile_i4(const Run& run, const Groups& groups, int rows, int panels) {
-#define TL_ONE(n) multiply_i4<capped(n, kMaxTileRows), 1>(run, groups)
-#define TL_TWO(n) multiply_i4<capped(n, kPairRows), 2>(run, groups)
-    if (panels == 1) { TL_FOR_HEIGHT(rows, TL_ONE) } else { TL_FOR_HEIGHT(rows, TL_TWO) }
-#undef TL_ONE
-#undef TL_TWO
+static void multiply_tile_i4(const Run& run, const Groups& groups, int rows) {
+#define TL_TILE(n) multiply_i4<capped(n)>(run, groups)
+    TL_FOR_HEIGHT(rows, TL_TILE)
+#undef TL_TILE
 }
 
 // --- what happens to the sums ---------------------------------------------------------------------------
@@ -307,24 +309,32 @@ TL_NOINLINE void scale_i4(const LinearCall& call, int64_t row, int64_t rows, flo
     }
 }
 
+// The sums of some rows become results.
+static void deliver(const LinearCall& call, int64_t panel, int64_t row, int64_t rows, float* sums) {
+    if (call.weight->format == Format::i8) scale_i8(call, panel, row, rows, sums);
+    if (call.weight->format == Format::i4) scale_i4(call, row, rows, sums);
+    finish(call, panel, row, rows, sums);
+}
+
 // --- the loops over panels, depth and rows ----------------------------------------------------------------
 TL_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Where the source rows of a product lie, in bytes.
-struct Rows {
-    const uint8_t* data;
-    int64_t stride;
+// The part of a call that one pass over the panels takes: rows [row, row + rows), cut into balanced tiles.
+struct Block {
+    const LinearCall* call;
+    int64_t row, rows, tiles;
+    const uint8_t* source;  // of the first row
+    int64_t stride;         // bytes
+    float* sums;            // [rows][32]
 };
 
 // Steps of the depth that all row tiles share before the next ones: their weights stay in the second cache.
-#ifndef TL_BLOCK_STEPS
-#define TL_BLOCK_STEPS 1024
-#endif
-constexpr int64_t kBlockSteps = TL_BLOCK_STEPS;
+constexpr int64_t kBlockSteps = 1024;
 
 // Fetching ahead: a single tile some way ahead in its own stream, several tiles a share each of what lies
 // `panel_bytes` ahead. `lines` of them cover `total` lines per iteration.
-TL_INLINE void plan_fetch(Run& run, int64_t tile, int64_t tiles, int64_t iterations, int total) {
+TL_INLINE void plan_fetch(Run& run, int64_t tile, int64_t tiles, int64_t iterations, int total,
+                          int64_t panel_bytes) {
     if (tiles == 1) {
         run.lines = total;
         run.ahead = run.weight + kPrefetch;
@@ -332,55 +342,54 @@ TL_INLINE void plan_fetch(Run& run, int64_t tile, int64_t tiles, int64_t iterati
     }
     const int lines = tiles >= total ? 1 : (int)((total + tiles - 1) / tiles);
     run.lines = tile * lines < total ? lines : 0;
-    run.ahead = run.weight + run.panel_bytes + tile * lines * iterations * 64;
+    run.ahead = run.weight + panel_bytes + tile * lines * iterations * 64;
 }
 
-// Sums of rows [row, row + rows) and one or two panels, all of the depth.
+// `steps` of the depth, and if `odd` half a step more.
 template <class Step>
-static void sum_panels(const PackedMatrix& weight, Rows source, int64_t panel, int panels, int64_t rows, int64_t steps,
-                       bool odd, float* sums) {
-    const int64_t tiles = (rows + kMaxTileRows - 1) / kMaxTileRows;
-    const int64_t block = tiles > 1 || steps < 1 ? kBlockSteps : steps;
-    typename Step::Mode mode;
-    for (int64_t first = 0; first == 0 || first < steps; first += block) {
+static void run_panel(const Block& block, int64_t panel, int64_t steps, bool odd) {
+    const PackedMatrix& weight = *block.call->weight;
+    const int64_t length = block.tiles > 1 || steps < 1 ? kBlockSteps : steps;
+    for (int64_t first = 0; first == 0 || first < steps; first += length) {
         Run run;
         run.weight = weight.data + panel * weight.panel_bytes + first * kStepBytes;
-        run.panel_bytes = weight.panel_bytes;
-        run.stride = source.stride;
-        run.steps = least(block, steps - first);
-        run.odd = odd && first + run.steps == steps;
+        run.stride = block.stride;
+        run.steps = least(length, steps - first);
         run.first = first == 0;
-        run.panel_sums = kPairRows * kPanel;
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-            const int64_t begin = rows * tile / tiles, end = rows * (tile + 1) / tiles;
-            run.source = source.data + begin * source.stride + first * 4;
-            run.sums = sums + begin * kPanel;
-            plan_fetch(run, tile, tiles, run.steps / 4, 8);
-            multiply_tile<Step>(run, (int)(end - begin), panels);
+        const bool last = first + run.steps == steps;
+        run.odd = odd && last;
+        for (int64_t tile = 0; tile < block.tiles; ++tile) {
+            const int64_t begin = block.rows * tile / block.tiles, end = block.rows * (tile + 1) / block.tiles;
+            run.source = block.source + begin * block.stride + first * 4;
+            run.sums = block.sums + begin * kPanel;
+            plan_fetch(run, tile, block.tiles, run.steps / 4, 8, weight.panel_bytes);
+            {
+                typename Step::Mode mode;
+                multiply_tile<Step>(run, (int)(end - begin));
+            }
+            if (last) deliver(*block.call, panel, block.row + begin, end - begin, run.sums);
         }
     }
 }
 
-static void sum_panels_i4(const PackedMatrix& weight, Rows source, const QuantizedRows& quantized, int64_t row,
-                          int64_t panel, int panels, int64_t rows, float* sums) {
-    const int64_t tiles = (rows + kMaxTileRows - 1) / kMaxTileRows;
+static void run_panel_i4(const Block& block, int64_t panel) {
+    const PackedMatrix& weight = *block.call->weight;
     Groups groups;
     groups.count = (weight.k + weight.group - 1) / weight.group;
     groups.pairs = weight.group / 8;
     groups.bytes = weight.panel_bytes / groups.count;
     Run run;
     run.weight = weight.data + panel * weight.panel_bytes;
-    run.panel_bytes = weight.panel_bytes;
-    run.stride = source.stride;
-    run.panel_sums = kPairRows * kPanel;
-    for (int64_t i = 0; i < (panels == 2 ? 2 * kPairRows : rows) * kPanel; i += kLanes) store(sums + i, zero());
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t begin = rows * tile / tiles, end = rows * (tile + 1) / tiles;
-        run.source = source.data + begin * source.stride;
-        run.sums = sums + begin * kPanel;
-        groups.sums = quantized.sums + (row + begin) * groups.count;
-        plan_fetch(run, tile, tiles, groups.count * groups.pairs, 2);
-        multiply_tile_i4(run, groups, (int)(end - begin), panels);
+    run.stride = block.stride;
+    for (int64_t tile = 0; tile < block.tiles; ++tile) {
+        const int64_t begin = block.rows * tile / block.tiles, end = block.rows * (tile + 1) / block.tiles;
+        run.source = block.source + begin * block.stride;
+        run.sums = block.sums;
+        for (int64_t i = 0; i < (end - begin) * kPanel; i += kLanes) store(run.sums + i, zero());
+        groups.sums = block.call->quantized.sums + (block.row + begin) * groups.count;
+        plan_fetch(run, tile, block.tiles, groups.count * groups.pairs, 2, weight.panel_bytes);
+        multiply_tile_i4(run, groups, (int)(end - begin));
+        deliver(*block.call, panel, block.row + begin, end - begin, run.sums);
     }
 }
 
@@ -390,33 +399,18 @@ static void linear(const LinearCall& call, int64_t begin, int64_t end) {
     const bool quantized = weight.format == Format::i8 || weight.format == Format::i4;
     const int64_t stride = quantized ? call.quantized.stride
                                      : call.source_stride * (weight.format == Format::f32 ? 4 : 2);
-    const uint8_t* data = quantized ? (const uint8_t*)call.quantized.values : (const uint8_t*)call.source;
+    const uint8_t* source = quantized ? (const uint8_t*)call.quantized.values : (const uint8_t*)call.source;
     for (int64_t row = 0; row < call.rows; row += kBlockRows) {
         const int64_t rows = least(call.rows - row, kBlockRows);
-        const Rows source = {data + row * stride, stride};
-        for (int64_t panel = begin; panel < end;) {
-            const int panels = rows <= kPairRows && panel + 1 < end ? 2 : 1;
+        const int64_t tiles = (rows + kMaxTileRows - 1) / kMaxTileRows;
+        const Block block = {&call, row, rows, tiles, source + row * stride, stride, sums};
+        for (int64_t panel = begin; panel < end; ++panel) {
             switch (weight.format) {
-                case Format::f32:
-                    sum_panels<StepF32>(weight, source, panel, panels, rows, weight.k, false, sums);
-                    break;
-                case Format::bf16:
-                    sum_panels<StepBF16>(weight, source, panel, panels, rows, weight.k / 2, weight.k % 2 != 0, sums);
-                    break;
-                case Format::i8:
-                    sum_panels<StepI8>(weight, source, panel, panels, rows, (weight.k + 3) / 4, false, sums);
-                    break;
-                case Format::i4:
-                    sum_panels_i4(weight, source, call.quantized, row, panel, panels, rows, sums);
-                    break;
+                case Format::f32: run_panel<StepF32>(block, panel, weight.k, false); break;
+                case Format::bf16: run_panel<StepBF16>(block, panel, weight.k / 2, weight.k % 2 != 0); break;
+                case Format::i8: run_panel<StepI8>(block, panel, (weight.k + 3) / 4, false); break;
+                case Format::i4: run_panel_i4(block, panel); break;
             }
-            for (int p = 0; p < panels; ++p) {
-                float* part = sums + p * kPairRows * kPanel;
-                if (weight.format == Format::i8) scale_i8(call, panel + p, row, rows, part);
-                if (weight.format == Format::i4) scale_i4(call, row, rows, part);
-                finish(call, panel + p, row, rows, part);
-            }
-            panel += panels;
         }
     }
 }
@@ -462,7 +456,8 @@ static void quantize_rows(const void* source, Dtype dtype, int64_t stride, const
         for (; i < out.stride; ++i) values[i] = 0;
         out.scales[row] = scale;
         int32_t* sums = out.sums + row * out.groups;
-        for (int64_t g = 0; g < out.groups; ++g) sums[g] = sum_bytes(values + g * group, least(group, out.stride - g * group));
+        for (int64_t g = 0; g < out.groups; ++g)
+            sums[g] = sum_bytes(values + g * group, least(group, out.stride - g * group));
     }
 }
 

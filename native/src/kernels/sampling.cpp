@@ -133,11 +133,10 @@ TL_INLINE int64_t signed_sum(I lanes) {
 }
 
 template <bool WithMasses>
-TL_NOINLINE void split_part(const float* scores, int64_t n, const float* thresholds, int64_t* count, int64_t* mass) {
-    constexpr int kPart = kThresholds / 2;
-    F bound[kPart];
-    I counts[kPart], high[kPart], low[kPart];
-    for (int t = 0; t < kPart; ++t) {
+TL_NOINLINE void split_at(const float* scores, int64_t n, const float* thresholds, Split* out) {
+    F bound[kThresholds];
+    I counts[kThresholds], high[kThresholds], low[kThresholds];
+    for (int t = 0; t < kThresholds; ++t) {
         bound[t] = set(thresholds[t]);
         counts[t] = high[t] = low[t] = izero();
     }
@@ -146,7 +145,7 @@ TL_NOINLINE void split_part(const float* scores, int64_t n, const float* thresho
         F score = load_or_lowest(scores + i, lanes);
         Mass m{};
         if (WithMasses) m = mass_of(score);
-        for (int t = 0; t < kPart; ++t) {
+        for (int t = 0; t < kThresholds; ++t) {
             M reached = ge(score, bound[t]);
             counts[t] = iadd(counts[t], where(reached, iset(1)));
             if (WithMasses) {
@@ -155,20 +154,27 @@ TL_NOINLINE void split_part(const float* scores, int64_t n, const float* thresho
             }
         }
     }
-    for (int t = 0; t < kPart; ++t) {
-        count[t] = unsigned_sum(counts[t]);
-        mass[t] = unsigned_sum(high[t]) * (int64_t{1} << 17) + signed_sum(low[t]);
+    for (int t = 0; t < kThresholds; ++t) {
+        out->count[t] = unsigned_sum(counts[t]);
+        out->mass[t] = unsigned_sum(high[t]) * (int64_t{1} << 17) + signed_sum(low[t]);
     }
 }
 
+static int64_t total_mass(const float* scores, int64_t n) {
+    I high = izero(), low = izero();
+    for (int64_t i = 0; i < n; i += kLanes) {
+        Mass m = mass_of(load_or_lowest(scores + i, lanes_left(i, n)));
+        high = iadd(high, m.high);
+        low = iadd(low, m.low);
+    }
+    return unsigned_sum(high) * (int64_t{1} << 17) + signed_sum(low);
+}
+
 static void split(const float* scores, int64_t n, const float* thresholds, bool with_masses, Split* out) {
-    constexpr int kPart = kThresholds / 2;
-    for (int t = 0; t < kThresholds; t += kPart) {
-        if (with_masses) {
-            split_part<true>(scores, n, thresholds + t, out->count + t, out->mass + t);
-        } else {
-            split_part<false>(scores, n, thresholds + t, out->count + t, out->mass + t);
-        }
+    if (with_masses) {
+        split_at<true>(scores, n, thresholds, out);
+    } else {
+        split_at<false>(scores, n, thresholds, out);
     }
 }
 
@@ -313,8 +319,8 @@ static int64_t draw(const float* scores, int64_t n, LastToken last, int64_t star
 }
 
 extern const SamplingKernels sampling_kernels;
-const SamplingKernels sampling_kernels = {&finish, &argmax, &scores, &log_softmax, &log_sum_exp, &split,
-                                          &collect, &count_before, &masses, &draw};
+const SamplingKernels sampling_kernels = {&finish, &argmax, &scores, &log_softmax, &log_sum_exp, &total_mass,
+                                          &split, &collect, &count_before, &masses, &draw};
 
 }  // namespace TL_ISA
 }  // namespace tokenloom

@@ -44,6 +44,7 @@ TL_OP(fma, fma(x, y, z))
 TL_OP(max, max(x, y))
 TL_OP(min, min(x, y))
 TL_OP(round_even, round_even(x))
+TL_OP(scale_by_power, scale_by_power(x, y))
 TL_OP(lt, lt(x, y))
 TL_OP(gt, gt(x, y))
 TL_OP(ge, ge(x, y))
@@ -73,6 +74,7 @@ TL_OP(to_float, to_float(i))
 TL_OP(to_int, to_int(x))
 TL_OP(load_u8, load_u8(reinterpret_cast<const uint8_t*>(a)))
 TL_OP(load_i8, load_i8(reinterpret_cast<const int8_t*>(a)))
+TL_OP(load_u16, load_u16(reinterpret_cast<const uint16_t*>(a)))
 TL_OP(load_bf16, load_bf16(reinterpret_cast<const uint16_t*>(a)))
 TL_OP(load_bf16_part, load_bf16(reinterpret_cast<const uint16_t*>(a), lanes_of(b)))
 TL_OP(load_f16, load_f16(reinterpret_cast<const uint16_t*>(a)))
@@ -98,6 +100,9 @@ static void op_store_high_part(Words a, Words b, Words, int32_t* out) {
 }
 static void op_store_bf16(Words a, Words, Words, int32_t* out) {
     store_bf16(reinterpret_cast<uint16_t*>(out), floats(a));
+}
+static void op_store_bf16_flushed(Words a, Words, Words, int32_t* out) {
+    store_bf16_flushed(reinterpret_cast<uint16_t*>(out), floats(a));
 }
 static void op_mul_wide(Words a, Words b, Words, int32_t* out) {
     Wide product = mul_wide(iload(a), static_cast<uint32_t>(b[0]));
@@ -127,7 +132,8 @@ static const SimdOp kOps[] = {
     TL_ROW(to_float), TL_ROW(to_int), TL_ROW(load_u8), TL_ROW(load_i8), TL_ROW(load_bf16), TL_ROW(load_bf16_part),
     TL_ROW(load_f16), TL_ROW(dot_u8s8), TL_ROW(sum), TL_ROW(max_lane), TL_ROW(isum), TL_ROW(exp), TL_ROW(tanh),
     TL_ROW(silu_mul), TL_ROW(round_bf16), TL_ROW(store), TL_ROW(store_part), TL_ROW(store_i8), TL_ROW(store_high),
-    TL_ROW(store_high_part), TL_ROW(store_bf16), TL_ROW(mul_wide), TL_ROW(transpose4), TL_ROW(dot_bf16)};
+    TL_ROW(store_high_part), TL_ROW(store_bf16), TL_ROW(mul_wide), TL_ROW(transpose4), TL_ROW(dot_bf16),
+    TL_ROW(scale_by_power), TL_ROW(load_u16), TL_ROW(store_bf16_flushed)};
 
 extern const SimdKernels simd_kernels;
 const SimdKernels simd_kernels = {kOps, static_cast<int64_t>(sizeof kOps / sizeof kOps[0])};

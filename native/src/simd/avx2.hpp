@@ -123,7 +123,8 @@ TL_INLINE I load_i8(const int8_t* p) {
     return {_mm256_cvtepi8_epi32(v), _mm256_cvtepi8_epi32(_mm_srli_si128(v, 8))};
 }
 TL_INLINE I load_u16(const uint16_t* p) {
-    return {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p + 1))};
+    __m128i low = _mm_loadu_si128((const __m128i*)p), high = _mm_loadu_si128((const __m128i*)p + 1);
+    return {_mm256_cvtepu16_epi32(low), _mm256_cvtepu16_epi32(high)};
 }
 TL_INLINE void store_i8(int8_t* p, I x) {
     int32_t wide[16];

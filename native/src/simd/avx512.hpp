@@ -106,7 +106,9 @@ TL_INLINE void store_high(uint16_t* p, I a, int n) {
 }
 TL_INLINE F load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 // Rounded to bf16, denormals as zero.
-TL_INLINE void store_bf16_flushed(uint16_t* p, F a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
+TL_INLINE void store_bf16_flushed(uint16_t* p, F a) {
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v));
+}
 
 // --- products -------------------------------------------------------------------------------------------
 // acc + a.odd * b.odd, then + a.even * b.even: pairs of bf16 in 32-bit lanes, each step fused, denormals zero.

@@ -57,6 +57,14 @@ TL_INLINE F fma(F a, F b, F c) { F r; TL_EACH(i) r.v[i] = vfmaq_f32(c.v[i], a.v[
 TL_INLINE F max(F a, F b) { F r; TL_EACH(i) r.v[i] = vbslq_f32(vcgtq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]); return r; }
 TL_INLINE F min(F a, F b) { F r; TL_EACH(i) r.v[i] = vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]); return r; }
 TL_INLINE F round_even(F a) { F r; TL_EACH(i) r.v[i] = vrndnq_f32(a.v[i]); return r; }
+TL_INLINE F scale_by_power(F a, F n) {
+    F r;
+    TL_EACH(i) {
+        int32x4_t factor = vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n.v[i]), vdupq_n_s32(127)), 23);
+        r.v[i] = vmulq_f32(a.v[i], vreinterpretq_f32_s32(factor));
+    }
+    return r;
+}
 TL_INLINE M lt(F a, F b) { M m; TL_EACH(i) m.v[i] = vcltq_f32(a.v[i], b.v[i]); return m; }
 TL_INLINE M gt(F a, F b) { M m; TL_EACH(i) m.v[i] = vcgtq_f32(a.v[i], b.v[i]); return m; }
 TL_INLINE M ge(F a, F b) { M m; TL_EACH(i) m.v[i] = vcgeq_f32(a.v[i], b.v[i]); return m; }
@@ -151,6 +159,11 @@ TL_INLINE I load_i8(const int8_t* p) {
     return {{vmovl_s16(vget_low_s16(front)), vmovl_s16(vget_high_s16(front)), vmovl_s16(vget_low_s16(back)),
              vmovl_s16(vget_high_s16(back))}};
 }
+TL_INLINE I load_u16(const uint16_t* p) {
+    I r;
+    TL_EACH(i) r.v[i] = vreinterpretq_s32_u32(vmovl_u16(vld1_u16(p + 4 * i)));
+    return r;
+}
 TL_INLINE void store_i8(int8_t* p, I a) {
     int16x8_t front = vcombine_s16(vmovn_s32(a.v[0]), vmovn_s32(a.v[1]));
     int16x8_t back = vcombine_s16(vmovn_s32(a.v[2]), vmovn_s32(a.v[3]));
@@ -222,6 +235,15 @@ TL_INLINE F dot_bf16(F acc, I a, I b) {
         acc.v[i] = fma_flushed(x, y, odd);
     }
     return acc;
+}
+TL_INLINE void store_bf16_flushed(uint16_t* p, F a) {
+    I r;
+    TL_EACH(i) {
+        uint32x4_t b = vreinterpretq_u32_f32(flush(a.v[i]));
+        uint32x4_t odd = vandq_u32(vshrq_n_u32(b, 16), vdupq_n_u32(1));
+        r.v[i] = vreinterpretq_s32_u32(vaddq_u32(b, vaddq_u32(odd, vdupq_n_u32(0x7fff))));
+    }
+    store_high(p, r);
 }
 // A product of bytes fits 16 bits: at least -32640, at most 32385.
 TL_INLINE I dot_u8s8(I acc, I a, I b) {

@@ -18,7 +18,17 @@ Float32 = NDArray[np.float32]
 
 FORMATS = ("float32", "bfloat16", "int8")
 # (head_dim, query heads, KV heads): groups of 1, 2, 3, 4, 7, 8 and one that needs two tiles.
-SHAPES = ((8, 2, 2), (24, 4, 2), (64, 14, 2), (64, 8, 2), (80, 3, 1), (128, 8, 1), (96, 6, 2), (16, 13, 1))
+SHAPES = (
+    (8, 2, 2),
+    (24, 4, 2),
+    (64, 14, 2),
+    (64, 8, 2),
+    (80, 3, 1),
+    (128, 8, 1),
+    (96, 6, 2),
+    (16, 13, 1),
+    (256, 2, 1),
+)
 LAYERS, LAYER = 2, 1
 
 

@@ -28,7 +28,7 @@ SPECIAL = np.array(
 FLOAT_RESULTS = {
     "zero", "set", "load", "load_part", "add", "sub", "mul", "div", "fma", "max", "min", "round_even", "select",
     "select_mask", "to_float", "load_bf16", "load_bf16_part", "load_f16", "dot_bf16", "sum", "max_lane", "exp", "tanh",
-    "silu_mul", "store", "store_part",
+    "silu_mul", "scale_by_power", "store", "store_part",
 }  # fmt: skip
 
 
@@ -63,6 +63,10 @@ def arguments(name: str, rng: np.random.Generator) -> tuple[Words, Words, Words]
         a >>= 2  # an accumulator that overflows is nobody's
     elif name == "isum":
         a >>= 4
+    elif name == "scale_by_power":
+        b[:] = rng.integers(-126, 128, b.shape).astype(np.float32).view(np.int32)
+    elif name == "store_bf16_flushed":
+        a.view(np.float32)[np.isnan(a.view(np.float32))] = 0.5  # for numbers only
     elif name == "max_lane":
         # Which zero and which NaN a maximum over lanes gives is left open.
         values = a.view(np.float32)

@@ -59,7 +59,11 @@ class NativeBackend:
         self._pool = pool or native.ThreadPool(num_threads)
         self._packer = WeightPacker(program, dtype, self._pool, {})
         self._native = native
-        self._program = program
+        self.program = program
+        self.kv_dtype = kv_dtype
+        self.num_pages = num_frames * pages_per_frame
+        self.weight_sizes: dict[str, tuple[str, int]] = {}
+        """(format, bytes) of each packed weight."""
         self._weights = weights
         self._model: Any = native.Model(self._pool, isa, dtype)
         kv = program.kv
@@ -113,7 +117,7 @@ class NativeBackend:
 
     def logits(self, rows: NDArray[np.int32]) -> Float32:
         """fp32 [n, vocabulary]: logits of rows of the last batch."""
-        out = np.empty((len(rows), self._program.vocab_size), np.float32)
+        out = np.empty((len(rows), self.program.vocab_size), np.float32)
         self._model.logits(np.ascontiguousarray(rows, np.int32), out)
         return out
 
@@ -134,12 +138,12 @@ class NativeBackend:
 
     def _build(self) -> list[str]:
         """Hand the records to the model; returns the formats of its packed weights."""
-        specs = {spec.name: spec for spec in self._program.weights}
+        specs = {spec.name: spec for spec in self.program.weights}
         missing = [n for n, spec in specs.items() if n not in self._weights and not spec.optional]
         if missing:
             raise ValueError(f"weights {missing} are missing")
         packed = {name: self._packed(specs[name]) for name in specs if name in self._weights}
-        for op in self._program.ops:
+        for op in self.program.ops:
             if isinstance(op, Embed):
                 self._embed(op, packed[op.weight])
             elif isinstance(op, RMSNorm):
@@ -157,10 +161,15 @@ class NativeBackend:
                 )  # fmt: skip
             else:
                 self._attention(op)
-        head = self._program.head
+        head = self.program.head
         self._model.head(self._buffers[head.source], packed[head.weight], head.softcap or 0.0)
         self._model.finish()
-        return sorted({w.format for w in packed.values() if isinstance(w, self._native.PackedWeight)})
+        self.weight_sizes = {
+            name: (weight.format, weight.nbytes)
+            for name, weight in packed.items()
+            if isinstance(weight, self._native.PackedWeight)
+        }
+        return sorted({name for name, _ in self.weight_sizes.values()})
 
     def _packed(self, spec: Any) -> Any:
         weight = self._weights[spec.name]
