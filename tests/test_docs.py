@@ -156,7 +156,8 @@ def test_the_readme_names_no_command_that_does_not_exist() -> None:
     }
     names |= {group.name for group in app.registered_groups if group.name}
     assert {command.callback.__name__ for command in bench.registered_commands if command.callback} == {
-        "throughput"
+        "roofline",
+        "throughput",
     }
     for page in PAGES:
         used = set(re.findall(r"^\$ tokenloom (\w+)", page.read_text(), re.MULTILINE))
