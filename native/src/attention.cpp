@@ -88,8 +88,6 @@ void AttentionPlan::build(const Batch& batch, const KVPool& pool, const Attentio
     if (!tree_keys_.empty()) scratch_bytes_ += kTreePages * head_bytes;
 
     tasks = tasks_.data();
-    task_count = static_cast<int64_t>(tasks_.size());
-    this->num_threads = std::max(num_threads, 1);
     merges = merges_.data();
     blocks = blocks_.data();
     pages = pages_.data();
@@ -204,14 +202,20 @@ void AttentionPlan::add_tasks(int num_kv_heads, int num_threads) {
             }
         }
     }
-    // Ties in the order of the batch, so that neighbours find each other's pages in the cache.
+    // Threads take from both ends: the rows of one half lie at the front, those of the other at the back, the
+    // longest tasks outermost. Ties in the order of the batch: neighbours find each other's pages in the cache.
     std::sort(ordered_.begin(), ordered_.end(), [](const auto& a, const auto& b) {
         if (a.first != b.first) return a.first > b.first;
         if (a.second.block != b.second.block) return a.second.block < b.second.block;
         if (a.second.kv_head != b.second.kv_head) return a.second.kv_head < b.second.kv_head;
         return a.second.split_begin < b.second.split_begin;
     });
-    for (const auto& [_, task] : ordered_) tasks_.push_back(task);
+    const int64_t half = static_cast<int64_t>(logical_.size()) / 2;
+    auto lies_behind = [&](const AttentionTask& task) { return blocks_[static_cast<size_t>(task.block)].row_begin >= half; };
+    for (const auto& [_, task] : ordered_)
+        if (!lies_behind(task)) tasks_.push_back(task);
+    for (auto task = ordered_.rbegin(); task != ordered_.rend(); ++task)
+        if (lies_behind(task->second)) tasks_.push_back(task->second);
     if (partials_.size() < static_cast<size_t>(partial_floats_) * 4)
         partials_ = Memory(static_cast<size_t>(partial_floats_) * 4 * 3 / 2);
     partials = reinterpret_cast<float*>(partials_.data());

@@ -69,14 +69,13 @@ struct AttentionTables {
     int64_t head_bytes, layer_bytes; // from head to head and from layer to layer of a page
     int64_t k_bytes, v_bytes;
     int64_t max_tiles;               // of any block
-    int64_t task_count;
-    int32_t num_threads;             // that take tasks in turn
 };
 
 struct AttentionKernels {
     // q is fp32 [rows, num_heads * head_dim], out likewise of `out_dtype`; strides count elements. `scratch`
-    // is 64-byte aligned, AttentionPlan::scratch_bytes() long, and the thread's own.
-    void (*run)(const AttentionTables& plan, const AttentionShape& shape, int64_t task, const float* q,
+    // is 64-byte aligned, AttentionPlan::scratch_bytes() long, and the thread's own. `next` is the task that the
+    // thread will likely run next: its first pages are fetched.
+    void (*run)(const AttentionTables& plan, const AttentionShape& shape, int64_t task, int64_t next, const float* q,
                 int64_t q_stride, void* out, int64_t out_stride, Dtype out_dtype, uint8_t* scratch);
     void (*merge)(const AttentionTables& plan, const AttentionShape& shape, int64_t merge, void* out,
                   int64_t out_stride, Dtype out_dtype, uint8_t* scratch);

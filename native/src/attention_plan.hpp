@@ -19,8 +19,8 @@ class AttentionPlan : public AttentionTables {
     // `shape.layer` and `shape.scale` do not matter. Throws std::invalid_argument for a batch that is not legal.
     void build(const Batch& batch, const KVPool& pool, const AttentionShape& shape, int num_threads);
 
-    // The tasks of a layer, to be run in any order; the longest come first.
-    int64_t num_tasks() const { return task_count; }
+    // The tasks of a layer, to be run in any order, best from both ends.
+    int64_t num_tasks() const { return static_cast<int64_t>(tasks_.size()); }
     // To be run when all tasks of a layer are done.
     int64_t num_merges() const { return static_cast<int64_t>(merges_.size()); }
     int64_t scratch_bytes() const { return scratch_bytes_; }

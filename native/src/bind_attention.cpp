@@ -170,7 +170,7 @@ nb::tuple attention(const OwnedKVPool& owner, int64_t layer, Array<float, 2> q,
     int64_t stride = static_cast<int64_t>(q.shape(1));
     Dtype dtype = wide ? Dtype::f32 : Dtype::bf16;
     for (int64_t i = 0; i < plan.num_tasks(); ++i)
-        kernels.run(plan, shape, i, q.data(), stride, out.data(), stride, dtype, scratch.get());
+        kernels.run(plan, shape, i, std::min(i + 1, plan.num_tasks() - 1), q.data(), stride, out.data(), stride, dtype, scratch.get());
     for (int64_t i = 0; i < plan.num_merges(); ++i)
         kernels.merge(plan, shape, i, out.data(), stride, dtype, scratch.get());
     return nb::make_tuple(plan.num_tasks(), plan.num_merges());

@@ -72,9 +72,9 @@ std::shared_ptr<PackedWeight> packed(ThreadPool& pool, Format format, const std:
     WorkCounter counter;
     counter.reset();
     int64_t panels = weight->matrix.panels;
-    pool.run([&](int) {
+    pool.run([&](int thread) {
         int64_t begin, end;
-        while (counter.take(panels, 1, begin, end))
+        while (counter.take(thread, panels, kOneByOne, begin, end))
             pack_panels(weight->matrix, sources, weight->data.data(), weight->scales.data(), begin, end);
     });
     return weight;
@@ -158,9 +158,9 @@ uint64_t digest(ThreadPool& pool, const Anything& array) {
     nb::gil_scoped_release release;
     WorkCounter counter;
     counter.reset();
-    pool.run([&](int) {
+    pool.run([&](int thread) {
         int64_t begin, end;
-        while (counter.take(static_cast<int64_t>(blocks), 1, begin, end)) {
+        while (counter.take(thread, static_cast<int64_t>(blocks), kOneByOne, begin, end)) {
             size_t at = static_cast<size_t>(begin) * block;
             parts[static_cast<size_t>(begin)] = hash_block(data + at, std::min(block, bytes - at), 1);
         }

@@ -288,15 +288,11 @@ void Model::step(const Batch& batch, const int32_t* copies, int64_t num_copies, 
     batch_ = nullptr;
 }
 
-int64_t Model::grain(int64_t count, int64_t least) const {
-    return std::max(least, count / (threads_->size() * 4));
-}
-
 template <class Work>
-void Model::phase(int thread, int64_t count, int64_t grain, Work&& work) {
+void Model::phase(int thread, int64_t count, int64_t parts, Work&& work) {
     WorkCounter& counter = counters_[static_cast<size_t>(phase_[static_cast<size_t>(thread * kCounterSpace)]++)];
     int64_t begin, end;
-    while (counter.take(count, grain, begin, end)) work(begin, end);
+    while (counter.take(thread, count, parts, begin, end)) work(begin, end);
     threads_->barrier();
 }
 
@@ -318,7 +314,7 @@ void Model::walk(int thread) {
 void Model::run(const EmbedOp& op, int thread) {
     Activation& out = buffer(op.out);
     int64_t item = op.dtype == TableDtype::f32 ? 4 : 2;
-    phase(thread, batch_->rows, grain(batch_->rows, 1), [&](int64_t begin, int64_t end) {
+    phase(thread, batch_->rows, shares(), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             float* to = out.f32() + row * out.stride;
             int64_t token = batch_->token_ids[row];
@@ -340,7 +336,7 @@ void Model::run(const NormOp& op, int thread) {
         call.add = buffer(op.add).f32();
         call.add_stride = buffer(op.add).stride;
     }
-    phase(thread, batch_->rows, grain(batch_->rows, 1),
+    phase(thread, batch_->rows, shares(),
           [&](int64_t begin, int64_t end) { rows_.rms_norm(call, begin, end); });
 }
 
@@ -350,11 +346,11 @@ void Model::multiply(const PackedWeight& weight, LinearCall call, int thread) {
         call.quantized = QuantizedRows{reinterpret_cast<int8_t*>(quantized_.data()), quantized_stride(m),
                                        reinterpret_cast<float*>(quantized_scales_.data()),
                                        reinterpret_cast<int32_t*>(quantized_sums_.data()), quantized_groups(m)};
-        phase(thread, call.rows, grain(call.rows, 1), [&](int64_t begin, int64_t end) {
+        phase(thread, call.rows, shares(), [&](int64_t begin, int64_t end) {
             linear_.quantize_rows(call.source, activations_, call.source_stride, m, call.quantized, begin, end);
         });
     }
-    phase(thread, m.panels, grain(m.panels, 1),
+    phase(thread, m.panels, shares(),
           [&](int64_t begin, int64_t end) { linear_.linear(call, begin, end); });
 }
 
@@ -394,7 +390,7 @@ void Model::run(const RopeOp& op, int thread) {
     call.q_norm = op.q_norm ? op.q_norm->data() : nullptr;
     call.k_norm = op.k_norm ? op.k_norm->data() : nullptr;
     call.epsilon = op.epsilon;
-    phase(thread, batch_->rows, grain(batch_->rows, 1),
+    phase(thread, batch_->rows, shares(),
           [&](int64_t begin, int64_t end) { store_.store_rows(call, begin, end); });
 }
 
@@ -402,13 +398,14 @@ void Model::run(const AttentionOp& op, int thread) {
     Activation &source = buffer(op.source), &out = buffer(op.out);
     AttentionPlan& plan = *plans_[static_cast<size_t>(op.plan)];
     uint8_t* scratch = scratch_[static_cast<size_t>(thread)].data();
-    phase(thread, plan.num_tasks(), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task)
-            attention_.run(plan, op.shape, task, source.f32(), source.stride, out.memory.data(), out.stride, out.dtype,
-                           scratch);
+    const int64_t count = plan.num_tasks(), turn = (threads_->size() + 1) / 2 * (thread % 2 ? -1 : 1);
+    phase(thread, count, kOneByOne, [&](int64_t task, int64_t) {
+        int64_t next = task + turn >= 0 && task + turn < count ? task + turn : task;
+        attention_.run(plan, op.shape, task, next, source.f32(), source.stride, out.memory.data(), out.stride,
+                       out.dtype, scratch);
     });
     if (!plan.num_merges()) return;
-    phase(thread, plan.num_merges(), 1, [&](int64_t begin, int64_t end) {
+    phase(thread, plan.num_merges(), kOneByOne, [&](int64_t begin, int64_t end) {
         for (int64_t merge = begin; merge < end; ++merge)
             attention_.merge(plan, op.shape, merge, out.memory.data(), out.stride, out.dtype, scratch);
     });
@@ -420,7 +417,7 @@ void Model::run_head(int thread) {
     int64_t stride = (vocab() + 63) / 64 * 64;
     for (int64_t tile = 0; tile < count; tile += kTileRows) {
         int64_t rows = std::min<int64_t>(kTileRows, count - tile);
-        phase(thread, rows, grain(rows, 8), [&](int64_t begin, int64_t end) {
+        phase(thread, rows, shares(), [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i)
                 std::memcpy(tile_source_.data() + i * source.row_bytes(),
                             source.memory.data() + logit_rows_[static_cast<size_t>(tile + i)] * source.row_bytes(),
@@ -436,7 +433,7 @@ void Model::run_head(int thread) {
         call.out_dtype = Dtype::f32;
         call.epilogue = Epilogue::none;
         multiply(*head_.weight, call, thread);
-        phase(thread, rows, 1, [&](int64_t begin, int64_t end) { sample_rows(begin, end, tile, thread); });
+        phase(thread, rows, kOneByOne, [&](int64_t begin, int64_t end) { sample_rows(begin, end, tile, thread); });
     }
 }
 

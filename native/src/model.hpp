@@ -134,8 +134,8 @@ class Model {
 
     // Items [0, count) over all threads, then a barrier; every thread makes the same calls in the same order.
     template <class Work>
-    void phase(int thread, int64_t count, int64_t grain, Work&& work);
-    int64_t grain(int64_t count, int64_t least) const;
+    void phase(int thread, int64_t count, int64_t parts, Work&& work);
+    int64_t shares() const { return threads_->size() * 2; }
 
     std::shared_ptr<ThreadPool> threads_;
     const Isa isa_;

@@ -1,6 +1,7 @@
 // Compute threads that live as long as the model: a step is one parallel region of many short phases.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <thread>
@@ -45,20 +46,32 @@ class ThreadPool {
     std::atomic<bool> closing_{false};
 };
 
-// Hands out [0, count) in runs to whoever asks first. One per phase; `reset` before the barrier ahead of it.
+// Parts of what is left, for items that are work enough each.
+constexpr int64_t kOneByOne = INT64_MAX;
+
+// Hands out [0, count), count below 2^31, in runs that shrink towards the end: long ones keep a stream of weights
+// going, short ones let the threads finish together. Threads of even number take from the front and those of odd
+// number from the back, so that from phase to phase a thread mostly meets the rows that lie in its caches.
 class alignas(64) WorkCounter {
   public:
-    void reset() { next_.store(0, std::memory_order_relaxed); }
-    // The next run of at most `grain` items; false when none are left.
-    bool take(int64_t count, int64_t grain, int64_t& begin, int64_t& end) {
-        begin = next_.fetch_add(grain, std::memory_order_relaxed);
-        if (begin >= count) return false;
-        end = begin + grain < count ? begin + grain : count;
+    // Before the barrier or the region ahead.
+    void reset() { taken_.store(0, std::memory_order_relaxed); }
+    // The next run, a `parts`-th of what is left but at least one item; false when nothing is.
+    bool take(int thread, int64_t count, int64_t parts, int64_t& begin, int64_t& end) {
+        const int shift = thread % 2 * 32;
+        uint64_t taken = taken_.load(std::memory_order_relaxed), run;
+        do {
+            begin = static_cast<int64_t>(taken & 0xffffffff);
+            end = count - static_cast<int64_t>(taken >> 32);
+            if (begin >= end) return false;
+            run = static_cast<uint64_t>(std::max<int64_t>(1, (end - begin) / parts));
+        } while (!taken_.compare_exchange_weak(taken, taken + (run << shift), std::memory_order_relaxed));
+        (shift ? begin : end) = shift ? end - static_cast<int64_t>(run) : begin + static_cast<int64_t>(run);
         return true;
     }
 
   private:
-    std::atomic<int64_t> next_{0};
+    std::atomic<uint64_t> taken_{0};  // from the front, from the back
 };
 
 }  // namespace tokenloom

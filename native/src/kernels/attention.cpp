@@ -520,15 +520,15 @@ TL_INLINE void find_pages(const AttentionTables& plan, const AttentionBlock& blo
 }
 
 // The next split's pages, or those that the next task of this thread will likely begin with.
-TL_INLINE void look_ahead(const AttentionTables& plan, const AttentionShape& shape, int64_t task, int split,
-                          Split* out) {
-    const AttentionTask* next = plan.tasks + task;
-    if (++split == next->split_end) {
-        if (task + plan.num_threads < plan.task_count) next += plan.num_threads;
-        split = next->split_begin;
+TL_INLINE void look_ahead(const AttentionTables& plan, const AttentionShape& shape, int64_t index, int64_t next,
+                          int split, Split* out) {
+    const AttentionTask* task = plan.tasks + index;
+    if (++split == task->split_end) {
+        task = plan.tasks + next;
+        split = task->split_begin;
     }
-    const AttentionBlock& block = plan.blocks[next->block];
-    const int64_t head_offset = shape.layer * plan.layer_bytes + next->kv_head * plan.head_bytes;
+    const AttentionBlock& block = plan.blocks[task->block];
+    const int64_t head_offset = shape.layer * plan.layer_bytes + task->kv_head * plan.head_bytes;
     const uint8_t* const* pages = plan.pages + block.first_page + (int64_t)split * kSplitPages;
     const int last = count_pages(block, split) - 1;
     for (int p = 0; p < kSplitPages; ++p) out->ahead[p] = pages[smaller(p, last)] + head_offset;
@@ -648,8 +648,8 @@ TL_INLINE void attend_split(const AttentionTables& plan, const AttentionBlock& b
 }
 
 template <KVFormat kFormat>
-TL_NOINLINE void run_task(const AttentionTables& plan, const AttentionShape& shape, int64_t index, const float* q,
-                          int64_t q_stride, void* out, int64_t out_stride, Dtype dtype, const Scratch& s) {
+TL_NOINLINE void run_task(const AttentionTables& plan, const AttentionShape& shape, int64_t index, int64_t next,
+                          const float* q, int64_t q_stride, void* out, int64_t out_stride, Dtype dtype, const Scratch& s) {
     const AttentionTask& task = plan.tasks[index];
     const AttentionBlock& block = plan.blocks[task.block];
     const int64_t head_offset = shape.layer * plan.layer_bytes + task.kv_head * plan.head_bytes;
@@ -664,7 +664,7 @@ TL_NOINLINE void run_task(const AttentionTables& plan, const AttentionShape& sha
     for (int split = task.split_begin; split < task.split_end; ++split) {
         const int64_t done = (int64_t)(split - task.split_begin) * tiles * tile_floats(plan);
         Split found;
-        look_ahead(plan, shape, index, split, &found);
+        look_ahead(plan, shape, index, next, split, &found);
         float* partials = whole ? 0 : plan.partials + task.partial + done;
         attend_split<kFormat>(plan, block, split, head_offset, &found, s, partials);
     }
@@ -673,15 +673,15 @@ TL_NOINLINE void run_task(const AttentionTables& plan, const AttentionShape& sha
                out_stride, dtype);
 }
 
-void run(const AttentionTables& plan, const AttentionShape& shape, int64_t task, const float* q, int64_t q_stride,
-         void* out, int64_t out_stride, Dtype out_dtype, uint8_t* scratch) {
+void run(const AttentionTables& plan, const AttentionShape& shape, int64_t task, int64_t next, const float* q,
+         int64_t q_stride, void* out, int64_t out_stride, Dtype out_dtype, uint8_t* scratch) {
     const Scratch s = lay_out(plan, scratch);
     if (plan.format == KVFormat::f32)
-        run_task<KVFormat::f32>(plan, shape, task, q, q_stride, out, out_stride, out_dtype, s);
+        run_task<KVFormat::f32>(plan, shape, task, next, q, q_stride, out, out_stride, out_dtype, s);
     else if (plan.format == KVFormat::bf16)
-        run_task<KVFormat::bf16>(plan, shape, task, q, q_stride, out, out_stride, out_dtype, s);
+        run_task<KVFormat::bf16>(plan, shape, task, next, q, q_stride, out, out_stride, out_dtype, s);
     else
-        run_task<KVFormat::i8>(plan, shape, task, q, q_stride, out, out_stride, out_dtype, s);
+        run_task<KVFormat::i8>(plan, shape, task, next, q, q_stride, out, out_stride, out_dtype, s);
 }
 
 void merge(const AttentionTables& plan, const AttentionShape&, int64_t merge, void* out, int64_t out_stride,

@@ -111,8 +111,25 @@ TL_INLINE void store_key(const KVTarget& target, int64_t slot, int head, const f
     }
 }
 
+// A key lies in as many cache lines as it has steps of the depth, and by the time a sequence stores its next
+// one a whole model has gone through the caches: these lines are asked for some rows ahead.
+constexpr int64_t kRowsAhead = 3;
+
+TL_INLINE void fetch_slot(const KVTarget& target, int64_t slot) {
+    if (slot < 0) return;
+    const int64_t item = target.format == KVFormat::f32 ? 4 : target.format == KVFormat::bf16 ? 2 : 1;
+    const int64_t offset = slot % kPageSize, width = target.dim16 * item;
+    const uint8_t* keys = page_at(target, slot);
+    for (int h = 0; h < target.num_kv_heads; ++h, keys += target.head_bytes) {
+        for (int64_t at = 0; at < target.k_bytes; at += 64) prefetch(keys + at);
+        const uint8_t* values = keys + target.k_bytes + (item == 4 ? offset * width : offset / 2 * width * 2);
+        for (int64_t at = 0; at < width * (item == 4 ? 1 : 2); at += 64) prefetch(values + at);
+    }
+}
+
 void store_rows(const RopeStoreCall& call, int64_t begin, int64_t end) {
     const KVTarget& target = call.target;
+    for (int64_t row = begin; row < end && row < begin + kRowsAhead; ++row) fetch_slot(target, call.slots[row]);
     const int dim = target.head_dim, half = call.rotary_dim / 2;
     for (int64_t row = begin; row < end; ++row) {
         float* source = call.source + row * call.source_stride;
@@ -124,6 +141,7 @@ void store_rows(const RopeStoreCall& call, int64_t begin, int64_t end) {
             if (call.q_norm) norm_head(head, call.q_norm, dim, call.epsilon);
             rotate_head(head, out + h * dim, cos, sin, call.rotary_dim, dim);
         }
+        if (row + kRowsAhead < end) fetch_slot(target, call.slots[row + kRowsAhead]);
         if (call.slots[row] < 0) continue;
         float* k = source + (int64_t)call.num_heads * dim;
         const float* v = k + (int64_t)target.num_kv_heads * dim;

@@ -16,7 +16,9 @@ namespace TL_ISA {
 
 constexpr int64_t kStepBytes = 128;
 constexpr int kVectors = 2;                    // of a step
-constexpr int kBlockRows = 40 * kMaxTileRows;  // rows whose sums lie in the scratch of one call
+// Rows that share one pass over the panels at most: their sums lie in the scratch of the call, their source in
+// the second cache.
+constexpr int kBlockRows = 22 * kMaxTileRows;
 constexpr int64_t kPrefetch = 8192;            // bytes ahead in the stream of weights
 
 struct Nothing { Nothing() {} ~Nothing() {} };
@@ -400,8 +402,9 @@ static void linear(const LinearCall& call, int64_t begin, int64_t end) {
     const int64_t stride = quantized ? call.quantized.stride
                                      : call.source_stride * (weight.format == Format::f32 ? 4 : 2);
     const uint8_t* source = quantized ? (const uint8_t*)call.quantized.values : (const uint8_t*)call.source;
-    for (int64_t row = 0; row < call.rows; row += kBlockRows) {
-        const int64_t rows = least(call.rows - row, kBlockRows);
+    const int64_t blocks = (call.rows + kBlockRows - 1) / kBlockRows;
+    for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t row = call.rows * i / blocks, rows = call.rows * (i + 1) / blocks - row;
         const int64_t tiles = (rows + kMaxTileRows - 1) / kMaxTileRows;
         const Block block = {&call, row, rows, tiles, source + row * stride, stride, sums};
         for (int64_t panel = begin; panel < end; ++panel) {
