@@ -4,17 +4,14 @@
 #include <chrono>
 #include <cstring>
 #include <numeric>
-#include <stdexcept>
+
+#include "refuse.hpp"
 
 namespace tokenloom {
 
 namespace {
 
 constexpr int64_t kCounterSpace = 16;  // ints between the phase numbers of two threads: a cache line
-
-[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
-
-std::string number(int64_t value) { return std::to_string(value); }
 
 double seconds_now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -50,139 +47,6 @@ Model::Model(std::shared_ptr<ThreadPool> pool, Isa isa, Dtype activations)
       scratch_(static_cast<size_t>(threads_->size())),
       sampler_scratch_(static_cast<size_t>(threads_->size())),
       phase_(static_cast<size_t>(threads_->size() * kCounterSpace)) {}
-
-Activation& Model::buffer(int index) { return buffers_[static_cast<size_t>(index)]; }
-
-// --- building -------------------------------------------------------------------------------------------
-
-int Model::add_buffer(int64_t width, bool activation) {
-    if (width < 1 || width > (int64_t{1} << 24)) refuse("buffer width " + number(width));
-    // Room for vectors that read past the end of the last row's width.
-    int64_t stride = (width + 63) / 64 * 64;
-    buffers_.push_back({width, stride, activation ? activations_ : Dtype::f32, Memory()});
-    return static_cast<int>(buffers_.size()) - 1;
-}
-
-void Model::set_kv(KVFormat format, int layers, int heads, int dim, int64_t frames, int64_t frame_bytes,
-                   int64_t pages_per_frame) {
-    if (layers < 1 || heads < 1 || dim < 2 || dim % 2 || dim > 1024 || frames < 1 || pages_per_frame < 1)
-        refuse("KV pool of " + number(layers) + " layers, " + number(heads) + " heads of " + number(dim) +
-               " dimensions (even, at most 1024), " + number(frames) + " frames of " + number(pages_per_frame) +
-               " pages");
-    KVLayout layout(format, layers, heads, dim);
-    if (layout.page_bytes() * pages_per_frame > frame_bytes || frame_bytes % 64)
-        refuse(number(pages_per_frame) + " pages of " + number(layout.page_bytes()) + " bytes do not fit a frame of " +
-               number(frame_bytes) + " bytes (a multiple of 64)");
-    kv_memory_ = Memory(static_cast<size_t>(frames * frame_bytes));
-    kv_ = std::make_unique<KVPool>(KVPool{layout, kv_memory_.data(), frames, frame_bytes, pages_per_frame});
-}
-
-void Model::set_rope(std::vector<float> cos, std::vector<float> sin, int64_t positions, int64_t half) {
-    if (positions < 1 || half < 0 || static_cast<int64_t>(cos.size()) != positions * half || sin.size() != cos.size())
-        refuse("rope tables do not have the shape [positions, rotary_dim / 2]");
-    cos_ = std::move(cos);
-    sin_ = std::move(sin);
-    max_positions_ = positions;
-    rotary_half_ = half;
-}
-
-void Model::add_embed_packed(Weight weight, int out) {
-    if (buffers_.at(static_cast<size_t>(out)).width != weight->matrix.k || buffer(out).dtype != Dtype::f32)
-        refuse("embedding: the output must be fp32 and as wide as the table");
-    int64_t vocab = weight->matrix.n;
-    ops_.push_back(EmbedOp{std::move(weight), {}, TableDtype::f32, vocab, out});
-}
-
-void Model::add_embed_table(std::vector<uint8_t> table, TableDtype dtype, int64_t vocab, int out) {
-    int64_t width = buffers_.at(static_cast<size_t>(out)).width;
-    int64_t item = dtype == TableDtype::f32 ? 4 : 2;
-    if (vocab < 1 || static_cast<int64_t>(table.size()) != vocab * width * item || buffer(out).dtype != Dtype::f32)
-        refuse("embedding: the output must be fp32 and as wide as the table");
-    ops_.push_back(EmbedOp{nullptr, std::move(table), dtype, vocab, out});
-}
-
-void Model::add_norm(int source, int add, Vector weight, int out, float epsilon) {
-    int64_t width = buffers_.at(static_cast<size_t>(source)).width;
-    bool fits = buffers_.at(static_cast<size_t>(out)).width == width && static_cast<int64_t>(weight->size()) == width &&
-                buffer(source).dtype == Dtype::f32;
-    if (add >= 0)
-        fits = fits && buffers_.at(static_cast<size_t>(add)).width == width && buffer(add).dtype == Dtype::f32;
-    if (!fits) refuse("rms_norm: widths differ, or the source is not fp32");
-    ops_.push_back(NormOp{source, add, out, std::move(weight), epsilon});
-}
-
-void Model::add_linear(int source, Weight weight, int out, Vector bias, Epilogue epilogue, int delta) {
-    const PackedMatrix& m = weight->matrix;
-    const Activation& from = buffers_.at(static_cast<size_t>(source));
-    const Activation& to = buffers_.at(static_cast<size_t>(out));
-    bool float_ok = m.format == Format::bf16 ? from.dtype == Dtype::bf16
-                    : m.format == Format::f32 ? from.dtype == Dtype::f32
-                                              : true;
-    bool fits = from.width == m.k && to.width == (epilogue == Epilogue::silu_mul ? m.n / 2 : m.n) && source != out &&
-                (m.paired != 0) == (epilogue == Epilogue::silu_mul) &&
-                (!bias || static_cast<int64_t>(bias->size()) == m.n) &&
-                (epilogue != Epilogue::residual || to.dtype == Dtype::f32) && float_ok;
-    if (delta >= 0)
-        fits = fits && buffers_.at(static_cast<size_t>(delta)).width == m.n && buffer(delta).dtype == Dtype::f32;
-    if (!fits) refuse("linear [" + number(m.n) + ", " + number(m.k) + "]: shapes, formats or epilogue do not agree");
-    ops_.push_back(LinearOp{source, out, delta, std::move(weight), std::move(bias), epilogue});
-}
-
-void Model::add_rope(int source, int out, int layer, int num_heads, int rotary_dim, Vector q_norm, Vector k_norm,
-                     float epsilon) {
-    if (!kv_) refuse("rope_store before the KV pool");
-    const KVLayout& kv = kv_->layout;
-    int64_t dim = kv.head_dim;
-    bool fits = buffers_.at(static_cast<size_t>(source)).width == (num_heads + 2 * kv.num_kv_heads) * dim &&
-                buffers_.at(static_cast<size_t>(out)).width == num_heads * dim &&
-                buffer(source).dtype == Dtype::f32 && buffer(out).dtype == Dtype::f32 && layer >= 0 &&
-                layer < kv.num_layers && rotary_dim >= 0 && rotary_dim <= dim && rotary_dim == 2 * rotary_half_;
-    for (const Vector& norm : {q_norm, k_norm}) fits = fits && (!norm || static_cast<int64_t>(norm->size()) == dim);
-    if (!fits) refuse("rope_store: widths, layer or rotary_dim do not agree");
-    ops_.push_back(RopeOp{source, out, layer, num_heads, rotary_dim, std::move(q_norm), std::move(k_norm), epsilon});
-}
-
-void Model::add_attention(int source, int out, int layer, int num_heads, float scale, int window) {
-    if (!kv_) refuse("attention before the KV pool");
-    const KVLayout& kv = kv_->layout;
-    bool fits = buffers_.at(static_cast<size_t>(source)).width == num_heads * kv.head_dim &&
-                buffers_.at(static_cast<size_t>(out)).width == num_heads * kv.head_dim && num_heads > 0 &&
-                num_heads % kv.num_kv_heads == 0 && buffer(source).dtype == Dtype::f32 && layer >= 0 &&
-                layer < kv.num_layers && window >= 0;
-    if (!fits) refuse("attention: widths, layer or heads do not agree");
-    AttentionShape shape{num_heads, kv.num_kv_heads, kv.head_dim, scale, window, layer};
-    auto found = std::find_if(plan_shapes_.begin(), plan_shapes_.end(), [&](const AttentionShape& other) {
-        return other.num_heads == num_heads && other.window == window;
-    });
-    int plan = static_cast<int>(found - plan_shapes_.begin());
-    if (found == plan_shapes_.end()) plan_shapes_.push_back(shape);
-    ops_.push_back(AttentionOp{source, out, plan, shape});
-}
-
-void Model::set_head(int source, Weight weight, float softcap) {
-    const PackedMatrix& m = weight->matrix;
-    const Activation& from = buffers_.at(static_cast<size_t>(source));
-    if (from.width != m.k || m.paired || from.dtype != activations_ ||
-        (m.format == Format::bf16 && activations_ != Dtype::bf16) ||
-        (m.format == Format::f32 && activations_ != Dtype::f32))
-        refuse("head [" + number(m.n) + ", " + number(m.k) + "]: shape or format does not agree");
-    head_ = Head{source, std::move(weight), softcap};
-}
-
-void Model::finish() {
-    if (!kv_ || !max_positions_ || !head_.weight || ops_.empty()) refuse("the model lacks a part");
-    for (size_t i = 0; i < plan_shapes_.size(); ++i) plans_.push_back(std::make_unique<AttentionPlan>());
-    op_seconds_.assign(ops_.size() + 2, 0.0);
-    finished_ = true;
-}
-
-std::string Model::op_name(int64_t index) const {
-    static const char* const names[] = {"embed", "rms_norm", "linear", "rope_store", "attention"};
-    int64_t ops = num_ops();
-    if (index == ops) return "head";
-    if (index == ops + 1) return "plan";
-    return names[ops_.at(static_cast<size_t>(index)).index()];
-}
 
 // --- one step -------------------------------------------------------------------------------------------
 
@@ -238,10 +102,18 @@ void Model::reserve(int64_t rows) {
 
 void Model::plan(const Batch& batch) {
     int64_t bytes = 0;
-    for (size_t i = 0; i < plans_.size(); ++i) {
-        plans_[i]->build(batch, *kv_, plan_shapes_[i], threads_->size());
-        bytes = std::max(bytes, plans_[i]->scratch_bytes());
-    }
+    auto build = [&](AttentionPlan& plan, const Batch& rows, size_t shape) {
+        plan.build(rows, *kv_, plan_shapes_[shape], threads_->size());
+        bytes = std::max(bytes, plan.scratch_bytes());
+    };
+    // All plans of the whole batch, used or not: they are what checks it.
+    for (size_t i = 0; i < plans_.size(); ++i) build(*plans_[i], batch, i);
+    if (tail_.cut())
+        for (size_t i = tail_begin_; i < ops_.size(); ++i)
+            if (const AttentionOp* op = std::get_if<AttentionOp>(&ops_[i])) {
+                const size_t shape = static_cast<size_t>(op->plan);
+                build(*tail_plans_[shape], tail_.batch(), shape);
+            }
     for (Memory& memory : scratch_) grow(memory, bytes);
 }
 
@@ -273,12 +145,13 @@ void Model::step(const Batch& batch, const int32_t* copies, int64_t num_copies, 
     reserve(batch.rows);
     batch_ = &batch;
     entries_ = &entries;
-    plan(batch);
     make_tiles();
+    if (tail_begin_ < ops_.size()) tail_.choose(batch, logit_rows_);
+    plan(batch);
     copy_pages(*kv_, copies, num_copies);
     size_t tiles = (logit_rows_.size() + kTileRows - 1) / kTileRows;
-    // At most two phases an op, four a tile.
-    size_t phases = ops_.size() * 2 + tiles * 4;
+    // At most two phases an op, four a tile, and one to drop rows.
+    size_t phases = ops_.size() * 2 + tiles * 4 + 1;
     if (counters_.size() < phases) counters_ = std::vector<WorkCounter>(phases * 2);
     for (size_t i = 0; i < phases; ++i) counters_[i].reset();
     std::fill(phase_.begin(), phase_.end(), 0);
@@ -299,8 +172,14 @@ void Model::phase(int thread, int64_t count, int64_t parts, Work&& work) {
 void Model::walk(int thread) {
     bool timed = profiling_ && thread == 0;
     double last = timed ? seconds_now() : 0;
+    int64_t rows = batch_->rows;
     for (size_t i = 0; i < ops_.size(); ++i) {
-        std::visit([&](const auto& op) { run(op, thread); }, ops_[i]);
+        if (i == tail_begin_ && tail_.cut()) {
+            compact(thread);
+            rows = tail_.batch().rows;
+        }
+        if (!rows) break;
+        std::visit([&](const auto& op) { run(op, rows, thread); }, ops_[i]);
         if (timed) {
             double now = seconds_now();
             op_seconds_[i] += now - last;
@@ -311,10 +190,23 @@ void Model::walk(int thread) {
     if (timed) op_seconds_[ops_.size()] += seconds_now() - last;
 }
 
-void Model::run(const EmbedOp& op, int thread) {
+// The rows that are kept move to the front.
+void Model::compact(int thread) {
+    const std::vector<int32_t>& kept = tail_.rows();
+    phase(thread, static_cast<int64_t>(carried_.size()), kOneByOne, [&](int64_t index, int64_t) {
+        Activation& from = buffer(carried_[static_cast<size_t>(index)]);
+        uint8_t* bytes = from.memory.data();
+        for (size_t i = 0; i < kept.size(); ++i)
+            if (kept[i] != static_cast<int32_t>(i))
+                std::memcpy(bytes + static_cast<int64_t>(i) * from.row_bytes(), bytes + kept[i] * from.row_bytes(),
+                            static_cast<size_t>(from.row_bytes()));
+    });
+}
+
+void Model::run(const EmbedOp& op, int64_t rows, int thread) {
     Activation& out = buffer(op.out);
     int64_t item = op.dtype == TableDtype::f32 ? 4 : 2;
-    phase(thread, batch_->rows, shares(), [&](int64_t begin, int64_t end) {
+    phase(thread, rows, shares(), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             float* to = out.f32() + row * out.stride;
             int64_t token = batch_->token_ids[row];
@@ -328,7 +220,7 @@ void Model::run(const EmbedOp& op, int thread) {
     });
 }
 
-void Model::run(const NormOp& op, int thread) {
+void Model::run(const NormOp& op, int64_t rows, int thread) {
     Activation &source = buffer(op.source), &out = buffer(op.out);
     RMSNormCall call{source.f32(), source.stride, nullptr, 0, op.weight->data(), out.memory.data(), out.stride,
                      out.dtype, source.width, op.epsilon};
@@ -336,7 +228,7 @@ void Model::run(const NormOp& op, int thread) {
         call.add = buffer(op.add).f32();
         call.add_stride = buffer(op.add).stride;
     }
-    phase(thread, batch_->rows, shares(),
+    phase(thread, rows, shares(),
           [&](int64_t begin, int64_t end) { rows_.rms_norm(call, begin, end); });
 }
 
@@ -354,13 +246,13 @@ void Model::multiply(const PackedWeight& weight, LinearCall call, int thread) {
           [&](int64_t begin, int64_t end) { linear_.linear(call, begin, end); });
 }
 
-void Model::run(const LinearOp& op, int thread) {
+void Model::run(const LinearOp& op, int64_t rows, int thread) {
     Activation &source = buffer(op.source), &out = buffer(op.out);
     LinearCall call{};
     call.weight = &op.weight->matrix;
     call.source = source.memory.data();
     call.source_stride = source.stride;
-    call.rows = batch_->rows;
+    call.rows = rows;
     call.bias = op.bias ? op.bias->data() : nullptr;
     if (op.delta >= 0) {
         call.delta = buffer(op.delta).f32();
@@ -373,7 +265,7 @@ void Model::run(const LinearOp& op, int thread) {
     multiply(*op.weight, call, thread);
 }
 
-void Model::run(const RopeOp& op, int thread) {
+void Model::run(const RopeOp& op, int64_t rows, int thread) {
     Activation &source = buffer(op.source), &out = buffer(op.out);
     RopeStoreCall call{};
     call.source = source.f32();
@@ -390,13 +282,14 @@ void Model::run(const RopeOp& op, int thread) {
     call.q_norm = op.q_norm ? op.q_norm->data() : nullptr;
     call.k_norm = op.k_norm ? op.k_norm->data() : nullptr;
     call.epsilon = op.epsilon;
-    phase(thread, batch_->rows, shares(),
+    phase(thread, rows, shares(),
           [&](int64_t begin, int64_t end) { store_.store_rows(call, begin, end); });
 }
 
-void Model::run(const AttentionOp& op, int thread) {
+void Model::run(const AttentionOp& op, int64_t, int thread) {
     Activation &source = buffer(op.source), &out = buffer(op.out);
-    AttentionPlan& plan = *plans_[static_cast<size_t>(op.plan)];
+    const auto& plans = op.in_tail && tail_.cut() ? tail_plans_ : plans_;
+    AttentionPlan& plan = *plans[static_cast<size_t>(op.plan)];
     uint8_t* scratch = scratch_[static_cast<size_t>(thread)].data();
     const int64_t count = plan.num_tasks(), turn = (threads_->size() + 1) / 2 * (thread % 2 ? -1 : 1);
     phase(thread, count, kOneByOne, [&](int64_t task, int64_t) {
@@ -420,7 +313,7 @@ void Model::run_head(int thread) {
         phase(thread, rows, shares(), [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i)
                 std::memcpy(tile_source_.data() + i * source.row_bytes(),
-                            source.memory.data() + logit_rows_[static_cast<size_t>(tile + i)] * source.row_bytes(),
+                            source.memory.data() + place(logit_rows_[static_cast<size_t>(tile + i)]) * source.row_bytes(),
                             static_cast<size_t>(source.row_bytes()));
         });
         LinearCall call{};
@@ -454,6 +347,8 @@ void Model::sample_rows(int64_t begin, int64_t end, int64_t tile, int thread) {
 void Model::logits(const int32_t* rows, int64_t count, float* out) {
     if (!finished_) refuse("the model is not finished");
     within("rows", rows, count, 0, capacity_);
+    for (int64_t i = 0; i < count; ++i)
+        if (place(rows[i]) < 0) refuse("rows names row " + number(rows[i]) + ", for which no logits were asked");
     Activation& source = buffer(head_.source);
     if (counters_.size() < 4) counters_ = std::vector<WorkCounter>(4);
     grow(logits_, ((vocab() + 63) / 64 * 64) * 4 + kAlign);
@@ -462,7 +357,7 @@ void Model::logits(const int32_t* rows, int64_t count, float* out) {
         std::fill(phase_.begin(), phase_.end(), 0);
         LinearCall call{};
         call.weight = &head_.weight->matrix;
-        call.source = source.memory.data() + rows[i] * source.row_bytes();
+        call.source = source.memory.data() + place(rows[i]) * source.row_bytes();
         call.source_stride = source.stride;
         call.rows = 1;
         call.out = logits_.data();

@@ -18,6 +18,7 @@
 #include "pool.hpp"
 #include "rows.hpp"
 #include "sampler.hpp"
+#include "tail.hpp"
 #include "weight.hpp"
 
 namespace tokenloom {
@@ -62,6 +63,7 @@ struct RopeOp {
 };
 struct AttentionOp {
     int source, out, plan;
+    bool in_tail;
     AttentionShape shape;
 };
 using Op = std::variant<EmbedOp, NormOp, LinearOp, RopeOp, AttentionOp>;
@@ -116,25 +118,29 @@ class Model {
         float softcap = 0;
     };
 
-    Activation& buffer(int index);
+    Activation& buffer(int index) { return buffers_[static_cast<size_t>(index)]; }
     void check(const Batch& batch, const int32_t* copies, int64_t num_copies, const Entries& entries) const;
     void reserve(int64_t rows);
+    void find_tail();
     void plan(const Batch& batch);
     void walk(int thread);
     void run_head(int thread);
     void sample_rows(int64_t begin, int64_t end, int64_t tile, int thread);
     void make_tiles();
 
-    void run(const EmbedOp& op, int thread);
-    void run(const NormOp& op, int thread);
-    void run(const LinearOp& op, int thread);
-    void run(const RopeOp& op, int thread);
-    void run(const AttentionOp& op, int thread);
+    // `rows`: of the batch, or of its tail.
+    void run(const EmbedOp& op, int64_t rows, int thread);
+    void run(const NormOp& op, int64_t rows, int thread);
+    void run(const LinearOp& op, int64_t rows, int thread);
+    void run(const RopeOp& op, int64_t rows, int thread);
+    void run(const AttentionOp& op, int64_t rows, int thread);
+    void compact(int thread);
     void multiply(const PackedWeight& weight, LinearCall call, int thread);
 
     // Items [0, count) over all threads, then a barrier; every thread makes the same calls in the same order.
     template <class Work>
     void phase(int thread, int64_t count, int64_t parts, Work&& work);
+    int64_t place(int32_t row) const { return tail_.cut() ? tail_.place(row) : row; }
     int64_t shares() const { return threads_->size() * 2; }
 
     std::shared_ptr<ThreadPool> threads_;
@@ -154,7 +160,10 @@ class Model {
     std::vector<float> cos_, sin_;
     int64_t max_positions_ = 0, rotary_half_ = 0;
     std::vector<AttentionShape> plan_shapes_;  // one for each pair of heads and window
-    std::vector<std::unique_ptr<AttentionPlan>> plans_;
+    std::vector<std::unique_ptr<AttentionPlan>> plans_, tail_plans_;
+    // Ops from here on may run on the tail of the batch alone; the buffers that they find filled.
+    size_t tail_begin_ = 0;
+    std::vector<int> carried_;
     int64_t capacity_ = 0;
     bool finished_ = false;
 
@@ -162,6 +171,7 @@ class Model {
     const Batch* batch_ = nullptr;
     Entries* entries_ = nullptr;
     std::vector<int32_t> logit_rows_;              // distinct rows, rising
+    Tail tail_;                                    // outlives the step
     std::vector<int64_t> entry_order_, row_starts_;  // entries of logit row i: entry_order_[row_starts_[i]...]
     Memory logits_, tile_source_, quantized_, quantized_scales_, quantized_sums_;
     std::vector<Memory> scratch_;

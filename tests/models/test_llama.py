@@ -100,8 +100,8 @@ def logits_of(executor: LocalExecutor, tokens: list[int], chunk: int) -> NDArray
     found = []
     for start in range(0, len(tokens), chunk):
         run = Run(tokens, start, min(start + chunk, len(tokens)), pages)
-        step(executor, make_batch([run]))
         rows = np.arange(run.end - run.start, dtype=np.int32)
+        step(executor, make_batch([run], [Entry(int(row)) for row in rows]))
         found += [executor.backend.logits(rows[i : i + 64]).copy() for i in range(0, len(rows), 64)]
     return np.concatenate(found)
 

@@ -1,0 +1,176 @@
+// Building a model: records of the program, checked against each other.
+#include <algorithm>
+
+#include "model.hpp"
+#include "refuse.hpp"
+
+namespace tokenloom {
+
+int Model::add_buffer(int64_t width, bool activation) {
+    if (width < 1 || width > (int64_t{1} << 24)) refuse("buffer width " + number(width));
+    // Room for vectors that read past the end of the last row's width.
+    int64_t stride = (width + 63) / 64 * 64;
+    buffers_.push_back({width, stride, activation ? activations_ : Dtype::f32, Memory()});
+    return static_cast<int>(buffers_.size()) - 1;
+}
+
+void Model::set_kv(KVFormat format, int layers, int heads, int dim, int64_t frames, int64_t frame_bytes,
+                   int64_t pages_per_frame) {
+    if (layers < 1 || heads < 1 || dim < 2 || dim % 2 || dim > 1024 || frames < 1 || pages_per_frame < 1)
+        refuse("KV pool of " + number(layers) + " layers, " + number(heads) + " heads of " + number(dim) +
+               " dimensions (even, at most 1024), " + number(frames) + " frames of " + number(pages_per_frame) +
+               " pages");
+    KVLayout layout(format, layers, heads, dim);
+    if (layout.page_bytes() * pages_per_frame > frame_bytes || frame_bytes % 64)
+        refuse(number(pages_per_frame) + " pages of " + number(layout.page_bytes()) + " bytes do not fit a frame of " +
+               number(frame_bytes) + " bytes (a multiple of 64)");
+    kv_memory_ = Memory(static_cast<size_t>(frames * frame_bytes));
+    kv_ = std::make_unique<KVPool>(KVPool{layout, kv_memory_.data(), frames, frame_bytes, pages_per_frame});
+}
+
+void Model::set_rope(std::vector<float> cos, std::vector<float> sin, int64_t positions, int64_t half) {
+    if (positions < 1 || half < 0 || static_cast<int64_t>(cos.size()) != positions * half || sin.size() != cos.size())
+        refuse("rope tables do not have the shape [positions, rotary_dim / 2]");
+    cos_ = std::move(cos);
+    sin_ = std::move(sin);
+    max_positions_ = positions;
+    rotary_half_ = half;
+}
+
+void Model::add_embed_packed(Weight weight, int out) {
+    if (buffers_.at(static_cast<size_t>(out)).width != weight->matrix.k || buffer(out).dtype != Dtype::f32)
+        refuse("embedding: the output must be fp32 and as wide as the table");
+    int64_t vocab = weight->matrix.n;
+    ops_.push_back(EmbedOp{std::move(weight), {}, TableDtype::f32, vocab, out});
+}
+
+void Model::add_embed_table(std::vector<uint8_t> table, TableDtype dtype, int64_t vocab, int out) {
+    int64_t width = buffers_.at(static_cast<size_t>(out)).width;
+    int64_t item = dtype == TableDtype::f32 ? 4 : 2;
+    if (vocab < 1 || static_cast<int64_t>(table.size()) != vocab * width * item || buffer(out).dtype != Dtype::f32)
+        refuse("embedding: the output must be fp32 and as wide as the table");
+    ops_.push_back(EmbedOp{nullptr, std::move(table), dtype, vocab, out});
+}
+
+void Model::add_norm(int source, int add, Vector weight, int out, float epsilon) {
+    int64_t width = buffers_.at(static_cast<size_t>(source)).width;
+    bool fits = buffers_.at(static_cast<size_t>(out)).width == width && static_cast<int64_t>(weight->size()) == width &&
+                buffer(source).dtype == Dtype::f32;
+    if (add >= 0)
+        fits = fits && buffers_.at(static_cast<size_t>(add)).width == width && buffer(add).dtype == Dtype::f32;
+    if (!fits) refuse("rms_norm: widths differ, or the source is not fp32");
+    ops_.push_back(NormOp{source, add, out, std::move(weight), epsilon});
+}
+
+void Model::add_linear(int source, Weight weight, int out, Vector bias, Epilogue epilogue, int delta) {
+    const PackedMatrix& m = weight->matrix;
+    const Activation& from = buffers_.at(static_cast<size_t>(source));
+    const Activation& to = buffers_.at(static_cast<size_t>(out));
+    bool float_ok = m.format == Format::bf16 ? from.dtype == Dtype::bf16
+                    : m.format == Format::f32 ? from.dtype == Dtype::f32
+                                              : true;
+    bool fits = from.width == m.k && to.width == (epilogue == Epilogue::silu_mul ? m.n / 2 : m.n) && source != out &&
+                (m.paired != 0) == (epilogue == Epilogue::silu_mul) &&
+                (!bias || static_cast<int64_t>(bias->size()) == m.n) &&
+                (epilogue != Epilogue::residual || to.dtype == Dtype::f32) && float_ok;
+    if (delta >= 0)
+        fits = fits && buffers_.at(static_cast<size_t>(delta)).width == m.n && buffer(delta).dtype == Dtype::f32;
+    if (!fits) refuse("linear [" + number(m.n) + ", " + number(m.k) + "]: shapes, formats or epilogue do not agree");
+    ops_.push_back(LinearOp{source, out, delta, std::move(weight), std::move(bias), epilogue});
+}
+
+void Model::add_rope(int source, int out, int layer, int num_heads, int rotary_dim, Vector q_norm, Vector k_norm,
+                     float epsilon) {
+    if (!kv_) refuse("rope_store before the KV pool");
+    const KVLayout& kv = kv_->layout;
+    int64_t dim = kv.head_dim;
+    bool fits = buffers_.at(static_cast<size_t>(source)).width == (num_heads + 2 * kv.num_kv_heads) * dim &&
+                buffers_.at(static_cast<size_t>(out)).width == num_heads * dim &&
+                buffer(source).dtype == Dtype::f32 && buffer(out).dtype == Dtype::f32 && layer >= 0 &&
+                layer < kv.num_layers && rotary_dim >= 0 && rotary_dim <= dim && rotary_dim == 2 * rotary_half_;
+    for (const Vector& norm : {q_norm, k_norm}) fits = fits && (!norm || static_cast<int64_t>(norm->size()) == dim);
+    if (!fits) refuse("rope_store: widths, layer or rotary_dim do not agree");
+    ops_.push_back(RopeOp{source, out, layer, num_heads, rotary_dim, std::move(q_norm), std::move(k_norm), epsilon});
+}
+
+void Model::add_attention(int source, int out, int layer, int num_heads, float scale, int window) {
+    if (!kv_) refuse("attention before the KV pool");
+    const KVLayout& kv = kv_->layout;
+    bool fits = buffers_.at(static_cast<size_t>(source)).width == num_heads * kv.head_dim &&
+                buffers_.at(static_cast<size_t>(out)).width == num_heads * kv.head_dim && num_heads > 0 &&
+                num_heads % kv.num_kv_heads == 0 && buffer(source).dtype == Dtype::f32 && layer >= 0 &&
+                layer < kv.num_layers && window >= 0;
+    if (!fits) refuse("attention: widths, layer or heads do not agree");
+    AttentionShape shape{num_heads, kv.num_kv_heads, kv.head_dim, scale, window, layer};
+    auto found = std::find_if(plan_shapes_.begin(), plan_shapes_.end(), [&](const AttentionShape& other) {
+        return other.num_heads == num_heads && other.window == window;
+    });
+    int plan = static_cast<int>(found - plan_shapes_.begin());
+    if (found == plan_shapes_.end()) plan_shapes_.push_back(shape);
+    ops_.push_back(AttentionOp{source, out, plan, false, shape});
+}
+
+void Model::set_head(int source, Weight weight, float softcap) {
+    const PackedMatrix& m = weight->matrix;
+    const Activation& from = buffers_.at(static_cast<size_t>(source));
+    if (from.width != m.k || m.paired || from.dtype != activations_ ||
+        (m.format == Format::bf16 && activations_ != Dtype::bf16) ||
+        (m.format == Format::f32 && activations_ != Dtype::f32))
+        refuse("head [" + number(m.n) + ", " + number(m.k) + "]: shape or format does not agree");
+    head_ = Head{source, std::move(weight), softcap};
+}
+
+void Model::finish() {
+    if (!kv_ || !max_positions_ || !head_.weight || ops_.empty()) refuse("the model lacks a part");
+    for (size_t i = 0; i < plan_shapes_.size(); ++i) {
+        plans_.push_back(std::make_unique<AttentionPlan>());
+        tail_plans_.push_back(std::make_unique<AttentionPlan>());
+    }
+    find_tail();
+    op_seconds_.assign(ops_.size() + 2, 0.0);
+    finished_ = true;
+}
+
+void Model::find_tail() {
+    for (size_t i = 0; i < ops_.size(); ++i)
+        if (std::holds_alternative<RopeOp>(ops_[i])) tail_begin_ = i + 1;
+    std::vector<bool> filled(buffers_.size());
+    auto read = [&](int index) {
+        if (index >= 0 && !filled[static_cast<size_t>(index)] &&
+            std::find(carried_.begin(), carried_.end(), index) == carried_.end())
+            carried_.push_back(index);
+    };
+    auto fill = [&](int index) { filled[static_cast<size_t>(index)] = true; };
+    for (size_t i = tail_begin_; i < ops_.size(); ++i) {
+        if (std::holds_alternative<EmbedOp>(ops_[i])) {
+            tail_begin_ = ops_.size();  // it asks for the token ids of all rows
+            carried_.clear();
+            break;
+        }
+        if (const NormOp* norm = std::get_if<NormOp>(&ops_[i])) {
+            read(norm->source);
+            read(norm->add);
+            fill(norm->out);
+        } else if (const LinearOp* linear = std::get_if<LinearOp>(&ops_[i])) {
+            read(linear->source);
+            read(linear->delta);
+            if (linear->epilogue == Epilogue::residual) read(linear->out);
+            fill(linear->out);
+        } else if (AttentionOp* attention = std::get_if<AttentionOp>(&ops_[i])) {
+            attention->in_tail = true;
+            read(attention->source);
+            fill(attention->out);
+        }
+    }
+    read(head_.source);
+}
+
+std::string Model::op_name(int64_t index) const {
+    static const char* const names[] = {"embed", "rms_norm", "linear", "rope_store", "attention"};
+    int64_t ops = num_ops();
+    if (index == ops) return "head";
+    if (index == ops + 1) return "plan";
+    return names[ops_.at(static_cast<size_t>(index)).index()];
+}
+
+}  // namespace tokenloom
