@@ -151,7 +151,7 @@ nb::object vector_array(const std::vector<T>& values) {
 nb::tuple sample(const Rows& logits, nb::handle entries, const std::string& isa, std::optional<float> softcap) {
     const SamplingKernels& kernels = sampling_kernels_for(find_isa(isa));
     int64_t num_rows = static_cast<int64_t>(logits.shape(0)), vocab = static_cast<int64_t>(logits.shape(1));
-    if (vocab < 1 || vocab > kMaxVocabulary) refuse("logits", "has a vocabulary outside [1, 2^18]");
+    if (vocab < 1 || vocab > kMaxVocabulary) refuse("logits", "has a vocabulary outside [1, 2^19 - 16]");
     if (softcap && !(*softcap > 0)) refuse("softcap", "must be above 0");
     Entries columns(entries, num_rows, vocab);
     std::vector<float> rows(logits.data(), logits.data() + num_rows * vocab);
@@ -189,6 +189,7 @@ nb::tuple sample(const Rows& logits, nb::handle entries, const std::string& isa,
 }  // namespace
 
 void bind_sampler(nb::module_& m) {
+    m.attr("max_vocabulary") = kMaxVocabulary;
     m.def("sample", &sample, nb::arg("logits").noconvert(), nb::arg("entries"), nb::arg("isa") = "",
           nb::arg("softcap") = nb::none(),
           "Tokens of fp32 logits [n, V]: (token_ids, logprobs, {entry: (ids, logprobs, rank)}). `entries` are the\n"

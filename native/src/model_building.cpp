@@ -117,6 +117,8 @@ void Model::set_head(int source, Weight weight, float softcap) {
         (m.format == Format::bf16 && activations_ != Dtype::bf16) ||
         (m.format == Format::f32 && activations_ != Dtype::f32))
         refuse("head [" + number(m.n) + ", " + number(m.k) + "]: shape or format does not agree");
+    if (m.n > kMaxVocabulary)
+        refuse("a vocabulary of " + number(m.n) + " tokens: the sampler counts up to " + number(kMaxVocabulary));
     head_ = Head{source, std::move(weight), softcap};
 }
 

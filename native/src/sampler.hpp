@@ -10,7 +10,7 @@
 namespace tokenloom {
 
 // Sums of masses are exact up to here (spec_sampling.MAX_VOCABULARY).
-constexpr int64_t kMaxVocabulary = int64_t{1} << 18;
+constexpr int64_t kMaxVocabulary = (int64_t{1} << 19) - 16;
 constexpr int kThresholds = 8;
 constexpr double kMassOne = 0x1p34;
 

@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tokenloom.engine.batch import PAGE_SIZE, LogitRows, TokenBatch, Work
 from tokenloom.errors import InvalidParameter, UnsupportedFeature
 from tokenloom.kernels.native import extension
 from tokenloom.kernels.native.backend import NativeBackend
-from tokenloom.kernels.program import Attention, Linear
+from tokenloom.kernels.program import Attention, Linear, RopeStore
 
 _SWEEP_BYTES: Final = 256 << 20
 _PEAK_ITERATIONS: Final = 2_000_000
@@ -91,13 +92,15 @@ def measure_limits(num_threads: int, isa: str = "") -> Limits:
 def measure(backend: NativeBackend, limits: Limits, *, max_context: int, rounds: int = 5) -> list[StepReport]:
     """Run every case that fits, `rounds` times, and take the medians.
 
-    Nothing is written to the KV pool; what attention reads is whatever the pages hold.
+    The steps store their keys and values like any others; every page that they read has been written to
+    (memory that never was is one page of zeros, which the caches hold).
     """
     reports = []
     for case in CASES:
         pages = (case.context + case.rows) // PAGE_SIZE + 1
         if case.context + case.rows > max_context or case.sequences * pages > backend.num_pages:
             continue
+        backend.run(_page_writer(case.sequences * pages))
         batch = _batch(case, pages)
         backend.run(batch)
         taken = []
@@ -124,21 +127,23 @@ def native_backend(backend: object) -> NativeBackend:
 
 def _report(case: Case, backend: NativeBackend, limits: Limits, seconds: list[float]) -> StepReport:
     program, weights, kv_dtype = backend.program, backend.weight_sizes, backend.kv_dtype
-    rows = case.sequences * case.rows
     spent: dict[str, float] = defaultdict(float)
     work: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
-    for op, took in zip((*program.ops, None, "plan"), seconds, strict=True):
+    last_store = max(i for i, op in enumerate(program.ops) if isinstance(op, RopeStore))
+    for i, (op, took) in enumerate(zip((*program.ops, None, "plan"), seconds, strict=True)):
         least = 0.0
+        # Behind the last store only the rows with logits are left, one of each sequence.
+        rows = case.rows if i <= last_store else 1
         if isinstance(op, Linear) or op is None:
             name = program.head.weight if op is None else op.weight
             kind = "head" if op is None else f"linear {_short(op.weight)}"
             fmt, size = weights[name]
             shape = next(spec.shape for spec in program.weights if spec.name == name)
-            operations = 2.0 * shape[0] * shape[1] * (case.sequences if op is None else rows)
+            operations = 2.0 * shape[0] * shape[1] * case.sequences * rows
             least = max(size / limits.bandwidth, operations / _peak(limits, fmt))
         elif isinstance(op, Attention):
             kind = "attention"
-            seen = case.sequences * sum(case.context + 1 + i for i in range(case.rows))
+            seen = case.sequences * sum(case.context + case.rows - i for i in range(rows))
             operations = 4.0 * seen * op.num_heads * op.head_dim
             item = {"float32": 4, "bfloat16": 2, "int8": 1}[kv_dtype]
             keys = case.sequences * (case.context + case.rows)
@@ -175,15 +180,29 @@ def _short(weight: str) -> str:
 
 
 def _batch(case: Case, pages: int) -> TokenBatch:
-    rows = case.sequences * case.rows
     positions = np.tile(np.arange(case.context, case.context + case.rows, dtype=np.int32), case.sequences)
     tables = np.arange(case.sequences * pages, dtype=np.int32).reshape(case.sequences, pages)
-    count = case.sequences
+    owner = np.repeat(np.arange(case.sequences), case.rows)
+    slots = tables[owner, positions // PAGE_SIZE].astype(np.int64) * PAGE_SIZE + positions % PAGE_SIZE
+    return _token_batch(case, positions, slots, tables)
+
+
+def _page_writer(pages: int) -> TokenBatch:
+    """One row for each page, stored at its beginning."""
+    case = Case("pages", pages, 1, 0)
+    tables = np.arange(pages, dtype=np.int32).reshape(pages, 1)
+    return _token_batch(case, np.zeros(pages, np.int32), tables[:, 0].astype(np.int64) * PAGE_SIZE, tables)
+
+
+def _token_batch(
+    case: Case, positions: NDArray[np.int32], slots: NDArray[np.int64], tables: NDArray[np.int32]
+) -> TokenBatch:
+    rows, count = len(positions), case.sequences
     return TokenBatch(
         token_ids=np.arange(rows, dtype=np.int32) % 50 + 3,
         positions=positions,
         logical=positions,
-        slots=np.full(rows, -1, np.int64),
+        slots=slots,
         parents=np.full(rows, -1, np.int32),
         starts=np.arange(0, rows + 1, case.rows, dtype=np.int32),
         context_lens=np.full(count, case.context, np.int32),

@@ -15,7 +15,7 @@ Float32 = NDArray[np.float32]
 
 MASS_ONE = 2**34
 """The mass of the best token. With at most `MAX_VOCABULARY` tokens, every sum of masses is exact in float64."""
-MAX_VOCABULARY = 2**18
+MAX_VOCABULARY = 2**19 - 16
 
 
 def sanitized(logits: Float32) -> Float32:

@@ -25,6 +25,8 @@ from tests.kernels.harness import (
 from tokenloom.engine.batch import LogitEdits, LogitRows, TokenBatch
 from tokenloom.errors import UnsupportedFeature
 from tokenloom.kernels.native import extension
+from tokenloom.kernels.native.weights import WeightPacker
+from tokenloom.kernels.spec_sampling import MAX_VOCABULARY
 from tokenloom.models.llama import build
 from tokenloom.runtime.local import LocalExecutor
 
@@ -176,3 +178,11 @@ def test_unknown_names_are_refused() -> None:
         native.Model(native.ThreadPool(1), "", "float8")
     with pytest.raises(ValueError, match="threads"):
         native.ThreadPool(0)
+
+
+def test_a_vocabulary_beyond_the_sampler_is_refused() -> None:
+    """Before anything is packed."""
+    limit = extension.load().max_vocabulary
+    assert limit == MAX_VOCABULARY
+    with pytest.raises(UnsupportedFeature, match="vocabulary of 524,273 tokens"):
+        WeightPacker(build(small_config(vocab_size=limit + 1)), "float32", extension.thread_pool(1), {})

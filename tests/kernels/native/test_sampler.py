@@ -134,6 +134,12 @@ def test_large_vocabularies(spread: float, vocab_size: int) -> None:
     check(logits, [replace(e, num_logprobs=2 * e.seed) for e in entries])
 
 
+def test_sums_at_the_largest_vocabulary() -> None:
+    """All tokens alike: every sum of masses is as large as it can be."""
+    logits = np.zeros((1, native.max_vocabulary), np.float32)
+    check(logits, [Entry(0, temperature=1.0, top_p=0.6, seed=3, num_logprobs=2)])
+
+
 def test_coarse_scores_in_a_large_vocabulary() -> None:
     """Boundaries of top_k and top_p within thousands of ties."""
     logits = np.round(np.random.default_rng(1).standard_normal((1, 6001)))
@@ -239,7 +245,7 @@ def test_refuses_bad_arguments() -> None:
     with pytest.raises(ValueError, match="logits"):
         native.sample(np.zeros((1, 0), np.float32), entries)
     with pytest.raises(ValueError, match="logits"):
-        native.sample(np.zeros((0, 2**18 + 1), np.float32), entries)
+        native.sample(np.zeros((0, native.max_vocabulary + 1), np.float32), entries)
     with pytest.raises(ValueError, match="softcap"):
         native.sample(np.zeros((1, 4), np.float32), entries, softcap=-1.0)
     with pytest.raises(ValueError, match="isa|instruction"):

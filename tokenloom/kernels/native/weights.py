@@ -40,6 +40,11 @@ class WeightPacker:
 
     def __init__(self, program: Program, dtype: str, pool: Any, roundings: Mapping[str, Rounding]) -> None:
         self._native = extension.load()
+        if program.vocab_size > self._native.max_vocabulary:
+            raise UnsupportedFeature(
+                f"a vocabulary of {program.vocab_size:,} tokens",
+                f"the native sampler counts up to {self._native.max_vocabulary:,}; --kernels reference has no limit",
+            )
         self._pool = pool
         self._plain = {"float32": "float32", "bfloat16": "bfloat16"}[dtype]
         self._roundings = roundings
