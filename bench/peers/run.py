@@ -89,6 +89,8 @@ class Run:
         self.name = self.model.name
         config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
         self.highest_id = min(workloads.HIGHEST_ID, config["vocab_size"] - 1)
+        # Small models read less: prompts and outputs of the long workloads are cut to what fits.
+        self.divisor = -(-workloads.LONGEST // min(workloads.LONGEST, config["max_position_embeddings"]))
         self.store = Store(args.results / "measurements.jsonl")
         self.setting = {
             "model": self.name,
@@ -183,6 +185,7 @@ class Run:
             "scale": self.setting["scale"],
             "repeats": args.repeats,
             "highest_id": self.highest_id,
+            "divisor": self.divisor,
             "max_other": args.max_other,
             "attempts": args.attempts,
             "patience_s": args.patience,

@@ -16,7 +16,7 @@ LLAMA_CPP: Final = WORK / "src" / "build" / "bin"
 """Programs of llama.cpp."""
 OURS: Final = "tokenloom"
 PEERS: Final = ("vllm", "openvino", "llamacpp", "transformers")
-MORE_PEERS: Final = ("transformers_cb",)
+MORE_PEERS: Final = ("transformers_1", "transformers_cb")
 PRECISIONS: Final = ("bf16", "int8", "int4")
 
 # File name of the model in .work/models for each precision, after the model's own name.
@@ -25,6 +25,7 @@ SUFFIXES: Final[dict[str, dict[str, str]]] = {
     "openvino": {"bf16": "-ov-fp16", "int8": "-ov-int8", "int4": "-ov-int4"},
     "llamacpp": {"bf16": "-bf16.gguf", "int8": "-q8_0.gguf", "int4": "-q4_0.gguf"},
     "transformers": {"bf16": ""},
+    "transformers_1": {"bf16": ""},
     "transformers_cb": {"bf16": ""},
 }
 VLLM_CACHE_GB: Final = 3
@@ -77,6 +78,8 @@ def make_variant(
         peer_options["server"] = str(LLAMA_CPP / "llama-server")
     elif engine == "transformers_cb":
         backend, peer_options["mode"] = "transformers", "cb"
+    elif engine == "transformers_1":
+        backend, peer_options["batch"] = "transformers", 1
     # llama.cpp brings no Python of its own: the client that talks to its server runs in ours.
     python = Path(sys.executable) if engine == "llamacpp" else environment(backend) / "bin" / "python"
     return Variant(engine, precision, backend, python, converted, env, peer_options)

@@ -64,12 +64,12 @@ class Harness:
         """Let the engine allocate and compile what it does lazily."""
         make = Generator("warm-up", self._spec["highest_id"])
         self.timed(make.equal(2, 64, 8))
-        self.timed(make.equal(1, 512 if self._spec["scale"] == "full" else 64, 4))
+        self.timed(make.equal(1, 64 if self._spec["scale"] == "quick" else 512 // self._spec["divisor"], 4))
 
     def measure(self, name: str) -> dict[str, Any]:
         """Measure a workload until a measurement was undisturbed, a bounded number of times."""
         spec = self._spec
-        scale = workloads.QUICK if spec["scale"] == "quick" else workloads.FULL
+        scale = workloads.QUICK if spec["scale"] == "quick" else workloads.Scale(divisor=spec["divisor"])
         rejected = 0
         while True:
             machine.wait_until_quiet(spec["max_other"], spec["patience_s"])

@@ -34,6 +34,8 @@ DEFAULT: Final = (
     "prefixwarm32",
 )
 LOWEST_ID: Final = 3
+LONGEST: Final = 1024 + 512
+"""Prompt and output tokens of the longest request of the offline mix."""
 HIGHEST_ID: Final = 15_999
 """The ids that are a learnt token in each of the models S, M and L."""
 
@@ -79,7 +81,6 @@ class Scale(NamedTuple):
     """Of the long prompts and outputs."""
 
 
-FULL: Final = Scale()
 QUICK: Final = Scale(decode_prompt=32, decode_output=16, divisor=8)
 
 

@@ -178,7 +178,6 @@ int64_t AttentionPlan::num_tiles(const AttentionBlock& block) const {
 void AttentionPlan::add_tasks(int num_kv_heads, int num_threads) {
     double total = 0;
     for (const AttentionBlock& block : blocks_) total += cost(block, block.split_begin, block.split_end);
-    flops_ = total * num_kv_heads * 4 * head_dim;
     double piece = total * num_kv_heads / (kTasksPerThread * std::max(num_threads, 1));
 
     ordered_.clear();

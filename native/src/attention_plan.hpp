@@ -24,8 +24,6 @@ class AttentionPlan : public AttentionTables {
     // To be run when all tasks of a layer are done.
     int64_t num_merges() const { return static_cast<int64_t>(merges_.size()); }
     int64_t scratch_bytes() const { return scratch_bytes_; }
-    // Multiplications and additions of scores and products, one layer.
-    double flops() const { return flops_; }
 
   private:
     void add_segment(const Batch& batch, const KVPool& pool, int64_t segment);
@@ -46,7 +44,6 @@ class AttentionPlan : public AttentionTables {
     Memory partials_;
     int64_t partial_floats_ = 0;
     int64_t scratch_bytes_ = 0;
-    double flops_ = 0;
 };
 
 }  // namespace tokenloom

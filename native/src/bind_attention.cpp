@@ -14,6 +14,7 @@
 #include "attention_plan.hpp"
 #include "kv_store.hpp"
 #include "memory.hpp"
+#include "refuse.hpp"
 
 namespace nb = nanobind;
 
@@ -26,8 +27,6 @@ using Array = nb::ndarray<const T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 template <class T, int N>
 using Out = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 using Numpy = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
-
-[[noreturn]] void refuse(const std::string& why) { throw nb::value_error(why.c_str()); }
 
 void expect(bool ok, const char* name, const char* why) {
     if (!ok) refuse(std::string(name) + " " + why);
@@ -192,12 +191,6 @@ void bind_attention(nb::module_& m) {
         .def_prop_ro("page_bytes", [](const OwnedKVPool& owner) { return owner.pool().layout.page_bytes(); })
         .def("read", &read, nb::arg("layer"), nb::arg("slot"))
         .def("copy_pages", &copy, nb::arg("copies"));
-    m.def("kv_page_bytes", [](int32_t num_layers, int32_t num_kv_heads, int32_t head_dim, const std::string& format) {
-        expect(num_layers >= 1, "num_layers", "is below 1");
-        expect(num_kv_heads >= 1, "num_kv_heads", "is below 1");
-        expect(head_dim >= 1, "head_dim", "is below 1");
-        return KVLayout(find_format(format), num_layers, num_kv_heads, head_dim).page_bytes();
-    }, nb::arg("num_layers"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("format"));
     m.def("kv_store", &kv_store, nb::arg("pool"), nb::arg("layer"), nb::arg("source"), nb::arg("out"),
           nb::arg("positions"), nb::arg("slots"), nb::arg("cos"), nb::arg("sin"), nb::arg("q_norm").none() = nb::none(),
           nb::arg("k_norm").none() = nb::none(), nb::arg("epsilon") = 0.0f, nb::arg("isa") = "");

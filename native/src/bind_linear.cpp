@@ -12,6 +12,7 @@
 #include "memory.hpp"
 #include "pack.hpp"
 #include "weight.hpp"
+#include "refuse.hpp"
 
 namespace nb = nanobind;
 
@@ -22,8 +23,6 @@ using Array = nb::ndarray<nb::ro, nb::device::cpu>;
 using Output = nb::ndarray<nb::device::cpu>;
 using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Rows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-[[noreturn]] void refuse(const std::string& what) { throw nb::value_error(what.c_str()); }
 
 Format find_format(const std::string& name) {
     if (name == "f32") return Format::f32;

@@ -12,6 +12,7 @@
 #include <stdexcept>
 
 #include "model.hpp"
+#include "refuse.hpp"
 
 namespace nb = nanobind;
 
@@ -24,8 +25,6 @@ using Array = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Out = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
 using Anything = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
-
-[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
 template <class Arr>
 auto* of_length(const char* name, const Arr& array, int64_t length) {
@@ -98,6 +97,10 @@ struct Results {
     Out<int32_t> top_ids;      // one after the other, num_logprobs of each entry
     Out<float> top_logprobs;
 };
+
+// An array of another type or order is refused: a converted copy would lose what is written to it, and floats
+// would become indices.
+auto exactly(const char* name) { return nb::arg(name).noconvert(); }
 
 Batch view(const BatchArrays& a) {
     Batch b{};
@@ -222,12 +225,18 @@ void bind_model(nb::module_& m) {
         .def_prop_ro("size", &ThreadPool::size);
     nb::class_<BatchArrays>(m, "BatchArrays")
         .def(nb::init<Array<int32_t>, Array<int32_t>, Array<int32_t>, Array<int64_t>, Array<int32_t>, Array<int32_t>,
-                      Array<int32_t>, Array<int32_t>>());
+                      Array<int32_t>, Array<int32_t>>(),
+             exactly("token_ids"), exactly("positions"), exactly("logical"), exactly("slots"), exactly("parents"),
+             exactly("starts"), exactly("page_tables"), exactly("page_copies"));
     nb::class_<EntryArrays>(m, "EntryArrays")
         .def(nb::init<Array<int32_t>, Array<int32_t>, Array<float>, Array<int32_t>, Array<float>, Array<float>,
-                      Array<uint64_t>, Array<uint32_t>, Array<int64_t>, Array<int32_t>>());
+                      Array<uint64_t>, Array<uint32_t>, Array<int64_t>, Array<int32_t>>(),
+             exactly("rows"), exactly("targets"), exactly("temperatures"), exactly("top_k"), exactly("top_p"),
+             exactly("min_p"), exactly("seeds"), exactly("sample_index"), exactly("positions"),
+             exactly("num_logprobs"));
     nb::class_<Results>(m, "Results")
-        .def(nb::init<Out<int32_t>, Out<float>, Out<int32_t>, Out<int32_t>, Out<float>>());
+        .def(nb::init<Out<int32_t>, Out<float>, Out<int32_t>, Out<int32_t>, Out<float>>(), exactly("tokens"),
+             exactly("logprobs"), exactly("ranks"), exactly("top_ids"), exactly("top_logprobs"));
     nb::class_<Model>(m, "Model")
         .def("__init__",
              [](Model* self, std::shared_ptr<ThreadPool> pool, const std::string& isa, const std::string& activations) {
@@ -285,7 +294,8 @@ void bind_model(nb::module_& m) {
                      refuse("logits: out must be [rows, vocabulary]");
                  nb::gil_scoped_release release;
                  self.logits(rows.data(), static_cast<int64_t>(rows.shape(0)), out.data());
-             })
+             },
+             exactly("rows"), exactly("out"))
         .def("profile", &Model::set_profiling, nb::arg("on"))
         .def("op_seconds", [](const Model& self) {
             std::vector<std::tuple<std::string, double>> found;
@@ -294,8 +304,9 @@ void bind_model(nb::module_& m) {
             return found;
         });
     m.def("kv_page_bytes", [](const std::string& format, int layers, int heads, int dim) {
+        if (layers < 1 || heads < 1 || dim < 1) refuse("kv_page_bytes: layers, heads and head_dim must be positive");
         return KVLayout(kv_format(format), layers, heads, dim).page_bytes();
-    });
+    }, nb::arg("format"), nb::arg("num_layers"), nb::arg("num_kv_heads"), nb::arg("head_dim"));
 }
 
 }  // namespace tokenloom

@@ -30,7 +30,8 @@ void within(const char* name, const int32_t* values, int64_t count, int64_t low,
 
 // Grows, keeping nothing; at least half as much again, so that a slowly growing need does not copy forever.
 void grow(Memory& memory, int64_t bytes) {
-    if (static_cast<int64_t>(memory.size()) < bytes) memory = Memory(static_cast<size_t>(bytes));
+    const int64_t size = static_cast<int64_t>(memory.size());
+    if (size < bytes) memory = Memory(static_cast<size_t>(std::max(bytes, size + size / 2)));
 }
 
 }  // namespace
@@ -76,8 +77,8 @@ void Model::check(const Batch& b, const int32_t* copies, int64_t num_copies, con
 void Model::reserve(int64_t rows) {
     if (rows <= capacity_) return;
     // Growing in jumps keeps steady traffic from mapping memory.
-    capacity_ = std::max(rows, std::min<int64_t>(capacity_ * 2, 512));
-    for (Activation& a : buffers_) a.memory = Memory(static_cast<size_t>(capacity_ * a.row_bytes() + kAlign));
+    const int64_t capacity = std::max(rows, std::min<int64_t>(capacity_ * 2, 512));
+    for (Activation& a : buffers_) a.memory = Memory(static_cast<size_t>(capacity * a.row_bytes() + kAlign));
     int64_t bytes = 0, sums = 0;
     for (const Op& op : ops_)
         if (const LinearOp* linear = std::get_if<LinearOp>(&op)) {
@@ -91,13 +92,16 @@ void Model::reserve(int64_t rows) {
         bytes = std::max(bytes, quantized_stride(m));
         sums = std::max(sums, quantized_groups(m));
     }
-    int64_t most = std::max<int64_t>(capacity_, kTileRows);
+    int64_t most = std::max<int64_t>(capacity, kTileRows);
     if (bytes) {
         grow(quantized_, most * bytes + kAlign);
         grow(quantized_scales_, most * 4);
         grow(quantized_sums_, most * sums * 4 + kAlign);
     }
     grow(tile_source_, kTileRows * buffer(head_.source).row_bytes() + kAlign);
+    for (SamplerScratch& scratch : sampler_scratch_) scratch.reserve(vocab());
+    // Last: where memory runs out on the way, the next step asks for it again.
+    capacity_ = capacity;
 }
 
 void Model::plan(const Batch& batch) {
@@ -108,6 +112,10 @@ void Model::plan(const Batch& batch) {
     };
     // All plans of the whole batch, used or not: they are what checks it.
     for (size_t i = 0; i < plans_.size(); ++i) build(*plans_[i], batch, i);
+    // The batch is legal. From here on the last step's activations are forgotten, until this one has begun.
+    num_rows_ = 0;
+    make_tiles();
+    if (tail_begin_ < ops_.size()) tail_.choose(batch, logit_rows_);
     if (tail_.cut())
         for (size_t i = tail_begin_; i < ops_.size(); ++i)
             if (const AttentionOp* op = std::get_if<AttentionOp>(&ops_[i])) {
@@ -142,21 +150,21 @@ void Model::step(const Batch& batch, const int32_t* copies, int64_t num_copies, 
     if (!finished_) refuse("the model is not finished");
     check(batch, copies, num_copies, entries);
     double start = profiling_ ? seconds_now() : 0;
-    reserve(batch.rows);
     batch_ = &batch;
     entries_ = &entries;
-    make_tiles();
-    if (tail_begin_ < ops_.size()) tail_.choose(batch, logit_rows_);
     plan(batch);
-    copy_pages(*kv_, copies, num_copies);
+    reserve(batch.rows);
     size_t tiles = (logit_rows_.size() + kTileRows - 1) / kTileRows;
     // At most two phases an op, four a tile, and one to drop rows.
     size_t phases = ops_.size() * 2 + tiles * 4 + 1;
     if (counters_.size() < phases) counters_ = std::vector<WorkCounter>(phases * 2);
     for (size_t i = 0; i < phases; ++i) counters_[i].reset();
     std::fill(phase_.begin(), phase_.end(), 0);
+    // Nothing below allocates: a step that runs out of memory has written nothing.
+    num_rows_ = batch.rows;
+    copy_pages(*kv_, copies, num_copies);
     if (profiling_) op_seconds_[ops_.size() + 1] += seconds_now() - start;
-    threads_->run([this](int thread) { walk(thread); });
+    threads_->run([this](int thread) noexcept { walk(thread); });
     entries_ = nullptr;
     batch_ = nullptr;
 }
@@ -346,7 +354,7 @@ void Model::sample_rows(int64_t begin, int64_t end, int64_t tile, int thread) {
 
 void Model::logits(const int32_t* rows, int64_t count, float* out) {
     if (!finished_) refuse("the model is not finished");
-    within("rows", rows, count, 0, capacity_);
+    within("rows", rows, count, 0, num_rows_);
     for (int64_t i = 0; i < count; ++i)
         if (place(rows[i]) < 0) refuse("rows names row " + number(rows[i]) + ", for which no logits were asked");
     Activation& source = buffer(head_.source);

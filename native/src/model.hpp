@@ -164,7 +164,7 @@ class Model {
     // Ops from here on may run on the tail of the batch alone; the buffers that they find filled.
     size_t tail_begin_ = 0;
     std::vector<int> carried_;
-    int64_t capacity_ = 0;
+    int64_t capacity_ = 0, num_rows_ = 0;  // rows that there is room for, and those of the last step
     bool finished_ = false;
 
     // The step in flight.

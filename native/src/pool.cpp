@@ -2,6 +2,8 @@
 
 #include <chrono>
 #include <stdexcept>
+#include <string>
+#include <system_error>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -41,10 +43,18 @@ void await_change(std::atomic<uint32_t>& value, uint32_t old) {
 
 ThreadPool::ThreadPool(int threads) : size_(threads) {
     if (threads < 1 || threads > 1024) throw std::invalid_argument("threads must be from 1 to 1024");
-    for (int i = 1; i < size_; ++i) threads_.emplace_back([this, i] { work(i); });
+    try {
+        for (int i = 1; i < size_; ++i) threads_.emplace_back([this, i] { work(i); });
+    } catch (const std::system_error& error) {
+        const std::string started = std::to_string(threads_.size() + 1);
+        close();
+        throw std::runtime_error("only " + started + " of " + std::to_string(size_) + " threads started: " + error.what());
+    }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { close(); }
+
+void ThreadPool::close() {
     closing_ = true;
     region_.fetch_add(1, std::memory_order_release);
     region_.notify_all();

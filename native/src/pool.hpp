@@ -22,7 +22,8 @@ class ThreadPool {
 
     int size() const { return size_; }
 
-    // job(context, thread) on every thread; returns when all are done. The job must not throw.
+    // job(context, thread) on every thread; returns when all are done. A job must not throw: others may wait for
+    // it at a barrier.
     void run(void (*job)(void* context, int thread), void* context);
 
     template <class Job>
@@ -35,6 +36,7 @@ class ThreadPool {
 
   private:
     void work(int thread);
+    void close();
 
     const int size_;
     std::vector<std::thread> threads_;

@@ -13,8 +13,6 @@ class Tail {
   public:
     // Keeps the rows with logits (distinct, rising), and trees whole. Holds copies, so that it outlives `batch`.
     void choose(const Batch& batch, const std::vector<int32_t>& logit_rows);
-    // Keeps every row.
-    void keep_all() { cut_ = false; }
 
     // Whether rows are dropped; if not, the rest means nothing.
     bool cut() const { return cut_; }

@@ -30,7 +30,7 @@ class Backend(Protocol):
     def run(self, batch: TokenBatch) -> StepResult: ...
 
     def logits(self, rows: NDArray[np.int32]) -> NDArray[np.float32]:
-        """fp32 [n, vocabulary]: logits of at most 64 rows of the last batch."""
+        """fp32 [n, vocabulary]: logits of at most 64 rows of the last batch that are among its logit rows."""
 
     def close(self) -> None: ...
 

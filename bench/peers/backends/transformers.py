@@ -30,6 +30,7 @@ class Backend:
         self._model = AutoModelForCausalLM.from_pretrained(
             engine.model, dtype=torch.bfloat16, attn_implementation="sdpa"
         ).eval()
+        self._batch = engine.options.get("batch", BATCH)
         self._continuous = engine.options.get("mode") == "cb"
         if self._continuous:
             self._start_continuous()
@@ -72,8 +73,8 @@ class Backend:
         """Batches of requests of similar output length, which is the best a user of `generate` can do."""
         outputs: list[list[int]] = [[] for _ in requests]
         order = sorted(range(len(requests)), key=lambda i: (requests[i].num_output, len(requests[i].prompt)))
-        for start in range(0, len(order), BATCH):
-            group = order[start : start + BATCH]
+        for start in range(0, len(order), self._batch):
+            group = order[start : start + self._batch]
             width = max(len(requests[index].prompt) for index in group)
             ids = torch.zeros(len(group), width, dtype=torch.long)
             mask = torch.zeros(len(group), width, dtype=torch.long)

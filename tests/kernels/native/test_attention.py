@@ -50,7 +50,7 @@ class Pages:
     v: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
 
     def __post_init__(self) -> None:
-        page_bytes = _native.kv_page_bytes(LAYERS, self.heads, self.dim, self.format)
+        page_bytes = _native.kv_page_bytes(self.format, LAYERS, self.heads, self.dim)
         self.pool = _native.KVPool(
             num_frames=-(-self.count // 3),
             frame_bytes=3 * page_bytes + 64,

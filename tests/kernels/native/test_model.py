@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,15 +25,18 @@ from tests.kernels.harness import (
     small_config,
     step,
 )
-from tokenloom.engine.batch import LogitEdits, LogitRows, TokenBatch
+from tokenloom.engine.batch import PAGE_SIZE, LogitEdits, LogitRows, TokenBatch
 from tokenloom.errors import UnsupportedFeature
+from tokenloom.kernels.backend import kv_page_bytes
 from tokenloom.kernels.native import extension
 from tokenloom.kernels.native.weights import WeightPacker
+from tokenloom.kernels.program import KVGeometry
 from tokenloom.kernels.spec_sampling import MAX_VOCABULARY
 from tokenloom.models.llama import build
 from tokenloom.runtime.local import LocalExecutor
 
 BF16 = NATIVE[1]
+ROOT = Path(__file__).parents[3]
 
 
 def batch_of(edits: LogitEdits | None = None) -> TokenBatch:
@@ -186,3 +192,77 @@ def test_a_vocabulary_beyond_the_sampler_is_refused() -> None:
     assert limit == MAX_VOCABULARY
     with pytest.raises(UnsupportedFeature, match="vocabulary of 524,273 tokens"):
         WeightPacker(build(small_config(vocab_size=limit + 1)), "float32", extension.thread_pool(1), {})
+
+
+@pytest.mark.parametrize(
+    ("field", "dtype"), [("token_ids", np.int64), ("positions", np.float64), ("slots", np.float32)]
+)
+def test_arrays_of_another_type_are_refused(runner: LocalExecutor, field: str, dtype: Any) -> None:
+    batch = batch_of()
+    setattr(batch, field, getattr(batch, field).astype(dtype))
+    with pytest.raises(TypeError):
+        runner.submit(batch)
+
+
+def test_a_refused_batch_leaves_the_last_one_as_it_was(runner: LocalExecutor) -> None:
+    step(runner, batch_of())
+    rows = np.array([39, 40], np.int32)
+    before = runner.backend.logits(rows)
+    refused = make_batch([Run(list(range(60)), 0, 60, [1, 2, 3, 4])], [Entry(59)])
+    refused.parents = refused.parents.copy()
+    refused.parents[5] = 2  # a parent must lie one position before
+    with pytest.raises(ValueError, match="parent"):
+        runner.submit(refused)
+    assert (runner.backend.logits(rows) == before).all()
+    with pytest.raises(ValueError, match="row 38"):
+        runner.backend.logits(np.array([38], np.int32))
+    with pytest.raises(ValueError, match="rows"):
+        runner.backend.logits(np.array([41], np.int32))
+
+
+_OUT_OF_MEMORY = """
+import resource
+from tests.kernels.harness import NATIVE, Entry, Run, make_batch, make_executor, small_config, step
+
+runner = make_executor(small_config(), NATIVE[1])
+small = lambda: make_batch([Run([5] * 20, 0, 20, [4, 5])], [Entry(19)])
+large = make_batch([Run([1] * 1000, 0, 1000, range(1, 64))], [Entry(999)])
+first = step(runner, small()).token_ids
+soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + (1 << 20), hard))
+try:
+    step(runner, large)
+    raise SystemExit("the step found memory")
+except MemoryError:
+    pass
+resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+assert (step(runner, small()).token_ids == first).all()
+step(runner, large)
+"""
+
+
+def test_a_step_that_finds_no_memory_can_be_repeated() -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", _OUT_OF_MEMORY], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 0, found.stderr
+
+
+def test_threads_that_cannot_be_started() -> None:
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
+    pool = "from tokenloom.kernels.native import extension\nextension.load().ThreadPool(1000)"
+    found = subprocess.run(
+        [sys.executable, "-c", limit + pool], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 1
+    assert "of 1000 threads started" in found.stderr
+
+
+@pytest.mark.parametrize("dim", [24, 64, 80])
+def test_page_bytes_agree(dim: int) -> None:
+    """The plan of memory and the kernels lay out the same pages."""
+    native = extension.load()
+    for kv_dtype in ("float32", "bfloat16", "int8"):
+        planned = kv_page_bytes(KVGeometry(3, 2, dim), kv_dtype, "native", PAGE_SIZE)
+        assert planned == native.kv_page_bytes(kv_dtype, 3, 2, dim)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tokenloom.engine.batch import LogitEdits, LogitRows, StepResult, TokenBatch, TopLogprobs, Work
 from tokenloom.errors import UnsupportedFeature
+from tokenloom.kernels.failure import StepFailed
 from tokenloom.kernels.native import extension
 from tokenloom.kernels.native.weights import PackedTable, WeightPacker
 from tokenloom.kernels.program import Attention, Embed, Linear, Program, RMSNorm, RopeStore
@@ -103,12 +104,15 @@ class NativeBackend:
             np.zeros(count, np.int32),
         )
         top_ids, top_logprobs = np.zeros(room, np.int32), np.zeros(room, np.float32)
-        self._model.step(
-            _batch_arrays(self._native, batch),
-            _entry_arrays(self._native, entries),
-            [_edit(entry, edit) for entry, edit in entries.edits.items()],
-            self._native.Results(tokens, logprobs, ranks, top_ids, top_logprobs),
-        )
+        try:
+            self._model.step(
+                _batch_arrays(self._native, batch),
+                _entry_arrays(self._native, entries),
+                [_edit(entry, edit) for entry, edit in entries.edits.items()],
+                self._native.Results(tokens, logprobs, ranks, top_ids, top_logprobs),
+            )
+        except MemoryError as error:
+            raise StepFailed from error
         tops: dict[int, TopLogprobs] = {}
         for i in np.flatnonzero(entries.num_logprobs >= 0).tolist():
             span = slice(int(ends[i] - wanted[i]), int(ends[i]))
@@ -116,7 +120,7 @@ class NativeBackend:
         return StepResult(tokens, logprobs, tops)
 
     def logits(self, rows: NDArray[np.int32]) -> Float32:
-        """fp32 [n, vocabulary]: logits of rows of the last batch."""
+        """fp32 [n, vocabulary]: logits of rows of the last batch, which asked for some."""
         out = np.empty((len(rows), self.program.vocab_size), np.float32)
         self._model.logits(np.ascontiguousarray(rows, np.int32), out)
         return out
