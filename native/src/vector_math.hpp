@@ -4,13 +4,13 @@
 namespace tokenloom {
 namespace TL_ISA {
 
-// e^x (spec.exp): n = round(x log2 e), r = x - n ln 2 in two fused steps, Cephes' polynomial in fused steps,
-// two exact factors of 2^n. 0 below -87.33654, infinity above 88.72283; NaN stays.
-TL_INLINE F exp(F x) {
-    const F low = set(-87.33654f), high = set(88.72283f);
-    F inside = min(max(x, low), high);
-    F n = round_even(mul(inside, set(1.44269504088896341f)));
-    F r = fma(n, set(-0.693359375f), inside);
+constexpr float kExpLow = -87.33654f, kExpHigh = 88.72283f;
+
+// e^x / 2^n for x from kExpLow to kExpHigh (spec.exp): n = round(x log2 e), r = x - n ln 2 in two fused steps,
+// Cephes' polynomial in fused steps.
+TL_INLINE F exp_fraction(F x, F& n) {
+    n = round_even(mul(x, set(1.44269504088896341f)));
+    F r = fma(n, set(-0.693359375f), x);
     r = fma(n, set(2.12194440e-4f), r);
     F y = set(1.9875691500e-4f);
     y = fma(y, r, set(1.3981999507e-3f));
@@ -19,7 +19,13 @@ TL_INLINE F exp(F x) {
     y = fma(y, r, set(1.6666665459e-1f));
     y = fma(y, r, set(5.0000001201e-1f));
     y = fma(y, mul(r, r), r);
-    y = add(y, set(1.0f));
+    return add(y, set(1.0f));
+}
+
+// e^x: two exact factors of 2^n. 0 below kExpLow, infinity above kExpHigh; NaN stays.
+TL_INLINE F exp(F x) {
+    const F low = set(kExpLow), high = set(kExpHigh);
+    F n, y = exp_fraction(min(max(x, low), high), n);
     I whole = to_int(n);
     I half = sar<1>(whole);
     I rest = isub(whole, half);

@@ -221,19 +221,8 @@ TL_NOINLINE void score(int rows, const uint32_t* q, int64_t steps, const uint8_t
 
 // exp of what is not above zero (spec.exp), in one factor of 2^n: n is -126 at least. NaN stays.
 TL_INLINE F exp_of_negative(F x) {
-    const F low = set(-87.33654f);
-    F inside = max(low, x);
-    F n = round_even(mul(inside, set(1.44269504088896341f)));
-    F r = fma(n, set(-0.693359375f), inside);
-    r = fma(n, set(2.12194440e-4f), r);
-    F y = set(1.9875691500e-4f);
-    y = fma(y, r, set(1.3981999507e-3f));
-    y = fma(y, r, set(8.3334519073e-3f));
-    y = fma(y, r, set(4.1665795894e-2f));
-    y = fma(y, r, set(1.6666665459e-1f));
-    y = fma(y, r, set(5.0000001201e-1f));
-    y = fma(y, mul(r, r), r);
-    y = add(y, set(1.0f));
+    const F low = set(kExpLow);
+    F n, y = exp_fraction(max(low, x), n);
     return select(lt(x, low), zero(), scale_by_power(y, n));
 }
 
