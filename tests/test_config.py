@@ -72,6 +72,8 @@ def test_precedence_is_values_then_environment_then_file(tmp_path: Path) -> None
         ("port", True, "of type int"),
         ("port", 80.0, "of type int"),
         ("max_batch_tokens", 0, "at least 1"),
+        ("threads", -1, "0 to 256"),
+        ("threads", 2000, "0 to 256"),
         ("max_context", -1, "at least 0"),
         ("target_itl_ms", "fast", "of type float"),
         ("prefix_cache", "maybe", "of type bool"),

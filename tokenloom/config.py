@@ -17,6 +17,9 @@ from tokenloom.errors import InvalidParameter
 
 ENV_PREFIX = "TOKENLOOM_"
 
+MAX_THREADS = 256
+"""Most compute threads: more would only wait for each other between ops."""
+
 
 def knob(
     default: Any,
@@ -102,7 +105,12 @@ class ServerOptions:
 class RuntimeOptions:
     """How the engine runs."""
 
-    threads: int = knob(0, "Compute threads; 0 for one per core.", **_at_least(0))
+    threads: int = knob(
+        0,
+        f"Compute threads, at most {MAX_THREADS}; 0 for one per core.",
+        check=lambda value: 0 <= value <= MAX_THREADS,
+        limit=f"0 to {MAX_THREADS}",
+    )
     kernels: Literal["auto", "native", "reference"] = knob(
         "auto", "What computes: the native kernels where they were built, else the numpy reference."
     )

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from tokenloom import __version__
 from tokenloom.cli import doctor, machine
 from tokenloom.cli.main import app
+from tokenloom.kernels.native import extension
 
 run = CliRunner().invoke
 
@@ -46,13 +47,56 @@ def test_doctor_as_json() -> None:
     assert facts["bandwidth"]["read_gb_s"] > 0.1
     ops = facts["ops"]
     assert ops["kernels"] == ("native" if ops["isas"] else "reference")
-    assert (ops["reason"] is None) == (ops["kernels"] == "native")
+    assert ops["isa"] == (ops["isas"][0] if ops["isas"] else None)
+    assert ops["reason"]
 
 
-def test_doctor_says_why_there_are_no_native_ops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "missing", lambda: "no compiler was found")
-    output = run(app, ["doctor"]).output
-    assert "reference (numpy): no compiler" in " ".join(output.split())
+@pytest.fixture
+def quick_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without measuring, on a machine with native kernels for two instruction sets."""
+    monkeypatch.setattr(machine, "bandwidth", lambda: {"copy_gb_s": 1.0, "read_gb_s": 1.0})
+    monkeypatch.setattr(extension, "missing", lambda: None)
+    monkeypatch.setattr(doctor, "missing", lambda: None)
+    for module in (extension, doctor):
+        monkeypatch.setattr(module, "isas", lambda: ["avx512", "avx2"])
+
+
+def ops_in_use(*arguments: str, env: dict[str, str] | None = None) -> str:
+    result = run(app, ["doctor", *arguments], env=env)
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split()).partition("ops in use ")[2].partition(" versions")[0]
+
+
+def test_doctor_says_why_there_are_no_native_ops(quick_doctor: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (extension, doctor):
+        monkeypatch.setattr(module, "missing", lambda: "no compiler was found")
+    assert ops_in_use() == "reference (numpy): no compiler was found"
+    asked = ops_in_use("--kernels", "native")
+    assert asked == "none: kernels native is not supported: no compiler was found"
+
+
+def test_doctor_follows_the_options_in_force(quick_doctor: None, tmp_path: Path) -> None:
+    best = "native, avx512: the best that this processor has (it can run avx2 too)"
+    assert ops_in_use() == best
+    reference = {"TOKENLOOM_KERNELS": "reference"}
+    assert ops_in_use(env=reference) == "reference (numpy): asked for by name"
+    assert ops_in_use("--kernels", "native", env=reference) == best
+    chosen = "native, avx2: asked for by name (it can run avx512 too)"
+    assert ops_in_use(env={"TOKENLOOM_ISA": "avx2"}) == chosen
+    file = tmp_path / "tokenloom.toml"
+    file.write_text('isa = "avx2"\n')
+    assert ops_in_use("--config", str(file)) == chosen
+    assert ops_in_use("--dtype", "float16").startswith("reference (numpy): the native kernels compute in")
+
+
+def test_doctor_says_what_would_not_start(quick_doctor: None) -> None:
+    env = {"TOKENLOOM_KERNELS": "reference", "TOKENLOOM_ISA": "avx2"}
+    assert ops_in_use(env=env).startswith("none: isa avx2 is not supported: it is for the native kernels")
+    facts = json.loads(run(app, ["doctor", "--json"], env=env).output.splitlines()[-1])
+    assert (facts["ops"]["kernels"], facts["ops"]["isas"]) == (None, ["avx512", "avx2"])
+    assert ops_in_use("--isa", "neon").startswith("none: isa neon is not supported")
+    kv = ops_in_use("--kernels", "reference", "--kv-dtype", "int8")
+    assert kv.startswith("none: kv_dtype int8 is not supported")
 
 
 def test_a_machine_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from tokenloom.cli.main import app
 from tokenloom.config import Config
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import ContextLengthExceeded, InvalidParameter
+from tokenloom.kernels.native import extension
 from tokenloom.serving.assembly import EngineParts
 
 run = CliRunner().invoke
@@ -76,6 +77,26 @@ def test_bad_sampling_parameters_are_one_line(built: list[EngineParts]) -> None:
     assert result.exit_code == 1
     assert result.stderr == "tokenloom: temperature: got -1.0, but it must be a number from 0 to 100\n"
     assert not built
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--kernels", "native", "--dtype", "float16"], "dtype float16 is not supported"),
+        (["--isa", "neon"], "isa neon is not supported: this build on this processor has avx2, portable"),
+        (["--kernels", "reference", "--isa", "avx2"], "isa avx2 is not supported"),
+        (["--threads", "2000"], "threads: got 2000, but it must be 0 to 256"),
+    ],
+)
+def test_options_that_cannot_be_had_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], named: str
+) -> None:
+    monkeypatch.setattr(extension, "missing", lambda: None)
+    monkeypatch.setattr(extension, "isas", lambda: ["avx2", "portable"])
+    result = run(app, ["generate", "Once", *arguments])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"tokenloom: {named}")
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_closed_stream_cancels_the_request(built: list[EngineParts]) -> None:

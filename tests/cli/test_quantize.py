@@ -10,7 +10,13 @@ from typer.testing import CliRunner
 
 from tests.models.hf_fixtures import TINY, llama_tensors, write_model
 from tests.serving.helpers import write_tiny_model
+from tokenloom.cli import quantize
+from tokenloom.cli.local import load
 from tokenloom.cli.main import app
+from tokenloom.config import Config
+from tokenloom.kernels.native import extension
+from tokenloom.runtime.local import LocalExecutor
+from tokenloom.serving.assembly import EngineParts
 
 run = CliRunner().invoke
 REFERENCE = ["--kernels", "reference"]
@@ -57,6 +63,50 @@ def test_a_text_of_ones_own(model: str, tmp_path: Path) -> None:
     assert 0 < json.loads(result.stdout.splitlines()[-1])["num_tokens"] <= 25
 
 
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[LocalExecutor]:
+    """The executors that the command builds: the model as it is, then with rounded weights."""
+    executors: list[LocalExecutor] = []
+
+    def record(config: Config) -> EngineParts:
+        parts = load(config)
+        assert isinstance(parts.engine.executor, LocalExecutor)
+        executors.append(parts.engine.executor)
+        return parts
+
+    monkeypatch.setattr(quantize, "load", record)
+    return executors
+
+
+@pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
+@pytest.mark.parametrize(
+    ("arguments", "env", "dtype", "kv_dtype"),
+    [
+        ([], {}, "bfloat16", "bfloat16"),
+        (["--dtype", "float32"], {}, "float32", "float32"),
+        ([], {"TOKENLOOM_KV_DTYPE": "int8", "TOKENLOOM_KV_MEMORY_MB": "64"}, "bfloat16", "int8"),
+    ],
+)
+def test_both_models_compute_in_the_same_formats(
+    model: str,
+    loaded: list[LocalExecutor],
+    arguments: list[str],
+    env: dict[str, str],
+    dtype: str,
+    kv_dtype: str,
+) -> None:
+    # The model is in float32: alone it would compute in float32, with rounded weights in bfloat16.
+    command = ["quantize", model, "--weights", "int8", "--report", "--tokens", "20", "--json", *arguments]
+    result = run(app, [*command, "--kernels", "native"], env=env)
+    assert result.exit_code == 0, result.output
+    original, rounded = (executor.numerics_id for executor in loaded)
+    assert original == f"native-1-{dtype}-{dtype}-{kv_dtype}"
+    assert rounded == f"native-1-{dtype}-int8-{kv_dtype}"
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert (report["kernels"], report["dtype"], report["kv_dtype"]) == ("native", dtype, kv_dtype)
+    assert f"both with dtype {dtype} and kv_dtype {kv_dtype}, native kernels" in result.stdout
+
+
 def test_what_is_refused(model: str, tmp_path: Path) -> None:
     empty, binary = tmp_path / "empty.txt", tmp_path / "binary"
     empty.write_text("")
@@ -68,6 +118,7 @@ def test_what_is_refused(model: str, tmp_path: Path) -> None:
         (["--weights", "int8", "--report", "--text", str(binary)], "a readable text file"),
         (["--weights", "int8", "--report", "--text", str(tmp_path / "none")], "a readable text file"),
         (["--weights", "int8", "--report", "--text", str(empty)], "a text of at least two tokens"),
+        (["--weights", "int8", "--report", "--isa", "avx2"], "isa avx2 is not supported"),
     ):
         result = run(app, ["quantize", model, *arguments, *REFERENCE])
         assert result.exit_code == 1, result.output

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 from tests.kernels.harness import (
+    Answer,
     Entry,
     Numerics,
     Run,
     answers,
     ask,
+    each_numerics,
     make_batch,
     make_executor,
+    page_bytes_of,
     random_weights,
     rope_tables,
     small_config,
@@ -121,17 +124,66 @@ def test_weights_must_have_the_shapes_of_the_program() -> None:
         LocalExecutor(program, weights, rope_tables(24), num_frames=1, frame_bytes=1 << 20, pages_per_frame=1)
 
 
-def test_profile_writes_nothing(runner: LocalExecutor) -> None:
-    backend = runner.backend
+def test_profile_reads_pages_that_were_written() -> None:
+    fresh = make_executor(small_config())
+    backend = fresh.backend
     assert isinstance(backend, ReferenceBackend)
     assert backend._parts is not None
     pool = backend._parts[0]._pool
-    before = pool._bytes.copy()
-    assert runner.profile(1, 0) > 0
-    assert runner.profile(40, 500) > 0
-    assert (pool._bytes == before).all()
-    with pytest.raises(InvalidParameter):
-        runner.profile(1000, 500)
+    page_bytes = page_bytes_of(build(small_config()), Numerics())
+
+    def written() -> list[float]:
+        """The share of each page that is not zero."""
+        frames = pool._bytes.reshape(32, -1)[:, : 3 * page_bytes].copy()
+        return (frames.view(np.float32).reshape(96, -1) != 0).mean(axis=1).tolist()
+
+    assert fresh.profile(1, 0) > 0
+    assert [share > 0.9 for share in written()] == [True] + [False] * 95
+    # 540 tokens are 34 pages.
+    assert fresh.profile(40, 500) > 0
+    assert [share > 0.9 for share in written()] == [True] * 34 + [False] * 62
+    fresh.close()
+
+
+@each_numerics(Numerics(), Numerics("native"))
+def test_profile_leaves_no_trace(numerics: Numerics) -> None:
+    def texts(runner: LocalExecutor) -> list[Answer]:
+        run = Run(list(range(20)), 0, 20, [1, 2])
+        found = answers(step(runner, make_batch([run], ask(run, 0, 0, {}))))
+        # A page of which only the first rows are written, after the profile had written all.
+        last = Run(list(range(23)), 20, 23, [1, 2])
+        return found + answers(step(runner, make_batch([last], ask(last, 0, 0, {}))))
+
+    plain, profiled = make_executor(small_config(), numerics), make_executor(small_config(), numerics)
+    profiled.profile(40, 500)
+    assert texts(profiled) == texts(plain)
+
+
+def test_profile_does_not_touch_pages_in_use(runner: LocalExecutor) -> None:
+    step(runner, make_batch([Run([1, 2], 0, 2, [1])]))
+    with pytest.raises(ValueError, match="only before the first"):
+        runner.profile(1, 0)
+
+
+@pytest.mark.parametrize(("rows", "context"), [(0, 5), (1, -1), (1000, 500), (1, 1024)])
+def test_profile_stays_within_the_context(rows: int, context: int) -> None:
+    with pytest.raises(InvalidParameter, match="from 1 to 1024"):
+        make_executor(small_config()).profile(rows, context)
+
+
+def test_profile_stays_within_the_pool() -> None:
+    program = build(small_config())
+    small = LocalExecutor(
+        program,
+        random_weights(program),
+        rope_tables(24),
+        num_frames=1,
+        frame_bytes=3 * page_bytes_of(program, Numerics()),
+        pages_per_frame=3,
+    )
+    assert small.profile(16, 32) > 0
+    with pytest.raises(InvalidParameter, match="from 1 to 48"):
+        small.profile(17, 32)
 
 
 def test_no_entries(runner: LocalExecutor) -> None:

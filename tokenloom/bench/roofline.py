@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tokenloom.engine.batch import PAGE_SIZE, LogitRows, TokenBatch, Work
 from tokenloom.errors import InvalidParameter, UnsupportedFeature
 from tokenloom.kernels.native import extension
 from tokenloom.kernels.native.backend import NativeBackend
 from tokenloom.kernels.program import Attention, Linear, RopeStore
+from tokenloom.models.memory_plan import pages_of
+from tokenloom.runtime.synthetic_batches import page_writers, uniform_batch
 
 _SWEEP_BYTES: Final = 256 << 20
 _PEAK_ITERATIONS: Final = 2_000_000
@@ -97,11 +97,13 @@ def measure(backend: NativeBackend, limits: Limits, *, max_context: int, rounds:
     """
     reports = []
     for case in CASES:
-        pages = (case.context + case.rows) // PAGE_SIZE + 1
-        if case.context + case.rows > max_context or case.sequences * pages > backend.num_pages:
+        pages = case.sequences * pages_of(case.context + case.rows)
+        if case.context + case.rows > max_context or pages > backend.num_pages:
             continue
-        backend.run(_page_writer(case.sequences * pages))
-        batch = _batch(case, pages)
+        program = backend.program
+        for writer in page_writers(pages, program.vocab_size):
+            backend.run(writer)
+        batch = uniform_batch(case.sequences, case.rows, case.context, program.vocab_size)
         backend.run(batch)
         taken = []
         for _ in range(rounds):
@@ -145,9 +147,8 @@ def _report(case: Case, backend: NativeBackend, limits: Limits, seconds: list[fl
             kind = "attention"
             seen = case.sequences * sum(case.context + case.rows - i for i in range(rows))
             operations = 4.0 * seen * op.num_heads * op.head_dim
-            item = {"float32": 4, "bfloat16": 2, "int8": 1}[kv_dtype]
             keys = case.sequences * (case.context + case.rows)
-            size = keys * 2 * op.num_kv_heads * op.head_dim * item
+            size = keys * 2 * op.num_kv_heads * _vector_bytes(op.head_dim, kv_dtype)
             least = max(size / limits.bandwidth, operations / _peak(limits, kv_dtype))
         else:
             kind, size, operations = (op if isinstance(op, str) else type(op).__name__.lower()), 0, 0.0
@@ -170,6 +171,11 @@ def _report(case: Case, backend: NativeBackend, limits: Limits, seconds: list[fl
     return StepReport(case=case.name, seconds=total, fraction=least_total / total, ops=shares)
 
 
+def _vector_bytes(head_dim: int, kv_dtype: str) -> int:
+    """Bytes of one key or value of one head; one in 8 bits has a float32 scale."""
+    return {"float32": 4 * head_dim, "bfloat16": 2 * head_dim, "int8": head_dim + 4}[kv_dtype]
+
+
 def _peak(limits: Limits, fmt: str) -> float:
     return limits.peaks["int8" if fmt in ("int8", "int4") else fmt]
 
@@ -177,49 +183,3 @@ def _peak(limits: Limits, fmt: str) -> float:
 def _short(weight: str) -> str:
     """model.layers.3.mlp.gate_proj.weight+... -> gate_proj+..."""
     return "+".join(part.split(".")[-2] for part in weight.split("+"))
-
-
-def _batch(case: Case, pages: int) -> TokenBatch:
-    positions = np.tile(np.arange(case.context, case.context + case.rows, dtype=np.int32), case.sequences)
-    tables = np.arange(case.sequences * pages, dtype=np.int32).reshape(case.sequences, pages)
-    owner = np.repeat(np.arange(case.sequences), case.rows)
-    slots = tables[owner, positions // PAGE_SIZE].astype(np.int64) * PAGE_SIZE + positions % PAGE_SIZE
-    return _token_batch(case, positions, slots, tables)
-
-
-def _page_writer(pages: int) -> TokenBatch:
-    """One row for each page, stored at its beginning."""
-    case = Case("pages", pages, 1, 0)
-    tables = np.arange(pages, dtype=np.int32).reshape(pages, 1)
-    return _token_batch(case, np.zeros(pages, np.int32), tables[:, 0].astype(np.int64) * PAGE_SIZE, tables)
-
-
-def _token_batch(
-    case: Case, positions: NDArray[np.int32], slots: NDArray[np.int64], tables: NDArray[np.int32]
-) -> TokenBatch:
-    rows, count = len(positions), case.sequences
-    return TokenBatch(
-        token_ids=np.arange(rows, dtype=np.int32) % 50 + 3,
-        positions=positions,
-        logical=positions,
-        slots=slots,
-        parents=np.full(rows, -1, np.int32),
-        starts=np.arange(0, rows + 1, case.rows, dtype=np.int32),
-        context_lens=np.full(count, case.context, np.int32),
-        page_tables=tables,
-        adapter_slots=np.full(count, -1, np.int32),
-        work=np.full(count, Work.DECODE if case.rows == 1 else Work.PREFILL, np.int8),
-        logit_rows=LogitRows(
-            rows=np.arange(case.rows - 1, rows, case.rows, dtype=np.int32),
-            targets=np.full(count, -1, np.int32),
-            temperatures=np.zeros(count, np.float32),
-            top_k=np.zeros(count, np.int32),
-            top_p=np.ones(count, np.float32),
-            min_p=np.zeros(count, np.float32),
-            seeds=np.zeros(count, np.uint64),
-            sample_index=np.zeros(count, np.uint32),
-            positions=np.full(count, case.context + case.rows, np.int64),
-            num_logprobs=np.full(count, -1, np.int32),
-        ),
-        page_copies=np.zeros((0, 2), np.int32),
-    )

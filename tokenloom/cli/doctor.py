@@ -1,4 +1,4 @@
-"""`tokenloom doctor`: what this machine offers and what the engine uses of it."""
+"""`tokenloom doctor`: what this machine offers and what the engine uses of it under the options in force."""
 
 from __future__ import annotations
 
@@ -11,20 +11,34 @@ from rich.table import Table
 
 from tokenloom import __version__
 from tokenloom.cli import machine
+from tokenloom.config import Config, make_config
+from tokenloom.errors import UnsupportedFeature
 from tokenloom.kernels.native.extension import isas, missing
+from tokenloom.serving.assembly import choose_ops
 
 
-def ops() -> dict[str, Any]:
-    """Which kernels are in use, their instruction sets (the best first), and why there are no native ones."""
-    reason = missing()
-    if reason is not None:
-        return {"kernels": "reference", "isa": None, "isas": [], "reason": reason}
-    usable = isas()
-    return {"kernels": "native", "isa": usable[0], "isas": usable, "reason": None}
+def ops(config: Config) -> dict[str, Any]:
+    """What would compute under `config`, and why.
+
+    `kernels` is None where a model would not even be loaded with these options; `isas` are all that the
+    native kernels have here, the best first.
+    """
+    usable = isas() if missing() is None else []
+    try:
+        chosen = choose_ops(config)
+    except UnsupportedFeature as error:
+        return {"kernels": None, "isa": None, "isas": usable, "reason": str(error)}
+    return {
+        "kernels": chosen.kernels,
+        "isa": chosen.isa or None,
+        "isas": usable,
+        "reason": chosen.reason,
+    }
 
 
-def examine() -> dict[str, Any]:
-    """Every fact as plain data. Takes about a second, most of it for the memory bandwidth."""
+def examine(config: Config | None = None) -> dict[str, Any]:
+    """Every fact as plain data; `config` None is that of the environment. Takes about a second, most of it
+    for the memory bandwidth."""
     return {
         "tokenloom": __version__,
         "processor": machine.processor(),
@@ -33,7 +47,7 @@ def examine() -> dict[str, Any]:
         "compiler": machine.compiler(),
         "gpu": shutil.which("nvidia-smi") is not None,
         "blas": machine.blas(),
-        "ops": ops(),
+        "ops": ops(make_config() if config is None else config),
         "versions": machine.versions(),
     }
 
@@ -58,15 +72,17 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _ops_text(facts: dict[str, Any]) -> str:
+    if facts["kernels"] is None:
+        return f"none: {facts['reason']}"
     if facts["kernels"] == "reference":
         return f"reference (numpy): {facts['reason']}"
-    others = ", ".join(facts["isas"][1:])
-    return f"native, {facts['isa']}, the best that this processor has (it can run {others} too)"
+    others = ", ".join(isa for isa in facts["isas"] if isa != facts["isa"])
+    return f"native, {facts['isa']}: {facts['reason']}" + (f" (it can run {others} too)" if others else "")
 
 
-def doctor(as_json: bool) -> None:
+def doctor(config: Config, as_json: bool) -> None:
     """Print the facts as a table, or as one JSON object."""
-    facts = examine()
+    facts = examine(config)
     if as_json:
         print(json.dumps(facts))
         return

@@ -141,11 +141,12 @@ def roofline(*, config: Config, as_json: JsonFlag = False) -> None:
 
 
 @app.command()
-def doctor(as_json: JsonFlag = False) -> None:
-    """Show what this machine offers and what the engine uses of it."""
+@configured(("model", "cache", "runtime"))
+def doctor(*, config: Config, as_json: JsonFlag = False) -> None:
+    """Show what this machine offers and what the engine would use of it with these options."""
     from tokenloom.cli.doctor import doctor as examine
 
-    examine(as_json)
+    examine(config, as_json)
 
 
 @app.command()

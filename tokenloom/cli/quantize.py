@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -21,10 +21,12 @@ from tokenloom.bench.quantization_report import (
     weight_sizes,
 )
 from tokenloom.cli.local import load
-from tokenloom.config import CacheOptions, Config, SchedulerOptions
+from tokenloom.config import Config, SchedulerOptions
 from tokenloom.engine.batch import PAGE_SIZE
 from tokenloom.errors import InvalidParameter
+from tokenloom.models.loading import describe_model
 from tokenloom.models.memory_plan import show_bytes
+from tokenloom.serving.assembly import Formats, choose_formats, choose_ops
 from tokenloom.serving.model_directory import model_directory
 
 
@@ -45,23 +47,28 @@ def run(config: Config, report: bool, text: Path | None, tokens: int, as_json: b
         raise InvalidParameter("weights", weights, "int8 or int4")
     if not report:
         raise InvalidParameter(
-            "report", report, "given: weights are rounded when a model is loaded, nothing is written"
+            "report", report, "given: weights are rounded when a model is loaded, this command only compares"
         )
     if tokens < 1:
         raise InvalidParameter("tokens", tokens, "at least 1")
     written = read_text(text)
-    before, after = weight_sizes(model_directory(config.model.model), weights)
+    ops = choose_ops(config)
+    directory = model_directory(config.model.model)
+    before, after = weight_sizes(directory, weights)
+    formats = choose_formats(config, describe_model(directory, weights=weights), ops)
+    # By name: "auto" may mean another arithmetic for the model as it is, and the report would count that too.
+    config = replace(config, model=replace(config.model, dtype=formats.dtype))
     result = _compare(config, written, tokens)
-    _show(weights, result, before, after)
+    _show(weights, result, before, after, formats)
     if as_json:
         sizes = {"weight_bytes": before, "weight_bytes_quantized": after}
-        print(json.dumps({"weights": weights, **result.as_dict(), **sizes}))
+        print(json.dumps({"weights": weights, **asdict(formats), **result.as_dict(), **sizes}))
 
 
 def _compare(config: Config, text: str, tokens: int) -> Comparison:
     small = replace(
         config,
-        cache=CacheOptions(num_pages=-(-WINDOW // PAGE_SIZE), prefix_cache=False),
+        cache=replace(config.cache, num_pages=-(-WINDOW // PAGE_SIZE), kv_memory_mb=0, prefix_cache=False),
         scheduler=SchedulerOptions(max_batch_tokens=ROWS, max_running=1),
     )
     original = load(replace(small, model=replace(config.model, weights="auto")))
@@ -87,7 +94,7 @@ def _compare(config: Config, text: str, tokens: int) -> Comparison:
         original.engine.close()
 
 
-def _show(weights: str, result: Comparison, before: int, after: int) -> None:
+def _show(weights: str, result: Comparison, before: int, after: int, formats: Formats) -> None:
     table = Table(show_header=True, box=None, pad_edge=False)
     table.add_column("")
     table.add_column("as it is", justify="right")
@@ -100,3 +107,6 @@ def _show(weights: str, result: Comparison, before: int, after: int) -> None:
     console = Console()
     console.print(table)
     console.print(f"over {result.num_tokens} predicted tokens")
+    console.print(
+        f"both with dtype {formats.dtype} and kv_dtype {formats.kv_dtype}, {formats.kernels} kernels"
+    )

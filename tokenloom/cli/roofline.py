@@ -12,14 +12,17 @@ from tokenloom.cli.local import load
 from tokenloom.config import Config
 from tokenloom.errors import UnsupportedFeature
 from tokenloom.runtime.local import LocalExecutor
+from tokenloom.serving.assembly import choose_ops
 from tokenloom.serving.threads import num_threads
 
 
 def run(config: Config, as_json: bool) -> None:
     """Measure and print."""
-    limits = measure_limits(
-        num_threads(config.runtime.threads), "" if config.runtime.isa == "auto" else config.runtime.isa
-    )
+    ops = choose_ops(config)
+    if ops.kernels != "native":
+        reason = f"it measures the native kernels, and the numpy reference would compute ({ops.reason})"
+        raise UnsupportedFeature("a roofline", reason)
+    limits = measure_limits(num_threads(config.runtime.threads), ops.isa)
     engine = load(config).engine
     try:
         executor = engine.executor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from tokenloom.engine.batch import StepResult, TokenBatch
 from tokenloom.errors import UnsupportedFeature
 from tokenloom.kernels.native import extension
+from tokenloom.kernels.native.backend import DTYPES
 from tokenloom.kernels.program import KVGeometry
 
 Kernels = Literal["native", "reference"]
@@ -35,15 +36,37 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
-def choose_kernels(name: str) -> Kernels:
-    """The backend that "auto", "native" or "reference" means on this machine. Raises `UnsupportedFeature` where
-    the native one is asked for and was not built."""
-    reason = extension.missing()
-    if name == "native" and reason is not None:
-        raise UnsupportedFeature("kernels native", reason)
-    if name == "reference" or reason is not None:
-        return "reference"
-    return "native"
+class Choice(NamedTuple):
+    """What computes: the backend, its instruction set ("" for the reference), and why these."""
+
+    kernels: Kernels
+    isa: str
+    reason: str
+
+
+def choose_kernels(name: str, *, dtype: str = "auto", isa: str = "auto") -> Choice:
+    """What "auto", "native" or "reference" means on this machine, for arithmetic in `dtype` and the
+    instruction set `isa`. Raises `UnsupportedFeature` for what was asked for by name and is not there."""
+    missing = extension.missing()
+    if name == "native" and missing is not None:
+        raise UnsupportedFeature("kernels native", missing)
+    lacking = None
+    if dtype not in ("auto", *DTYPES):
+        lacking = f"the native kernels compute in {' or '.join(DTYPES)}"
+    if name == "native" and lacking is not None:
+        raise UnsupportedFeature(f"dtype {dtype}", f"{lacking}; kernels reference has it")
+    reason = "asked for by name" if name == "reference" else missing or lacking
+    if reason is not None:
+        if isa != "auto":
+            why = f"it is for the native kernels, and the numpy reference would compute ({reason})"
+            raise UnsupportedFeature(f"isa {isa}", why)
+        return Choice("reference", "", reason)
+    usable = extension.isas()
+    if isa == "auto":
+        return Choice("native", usable[0], "the best that this processor has")
+    if isa not in usable:
+        raise UnsupportedFeature(f"isa {isa}", f"this build on this processor has {', '.join(usable)}")
+    return Choice("native", isa, "asked for by name")
 
 
 def kv_page_bytes(kv: KVGeometry, kv_dtype: str, kernels: str, page_size: int = 16) -> int:

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenloom.engine.batch import PAGE_SIZE, LogitRows, StepResult, Ticket, TokenBatch, Work
+from tokenloom.engine.batch import PAGE_SIZE, StepResult, Ticket, TokenBatch
 from tokenloom.errors import InvalidParameter, UnsupportedFeature
 from tokenloom.kernels.backend import Backend
 from tokenloom.kernels.failure import StepFailed
 from tokenloom.kernels.native.backend import NativeBackend
 from tokenloom.kernels.program import Program
 from tokenloom.kernels.reference.backend import ReferenceBackend
+from tokenloom.models.memory_plan import pages_of
+from tokenloom.runtime.synthetic_batches import page_writers, uniform_batch
 
 Float32 = NDArray[np.float32]
 
@@ -53,6 +55,10 @@ class LocalExecutor:
         if num_threads < 1:
             raise ValueError(f"{num_threads} threads cannot do any work")
         self._max_context = len(rope[0])
+        self._num_pages = num_frames * pages_per_frame
+        self._vocab_size = program.vocab_size
+        self._submitted = False
+        self._written_pages = 0
         self.backend: Backend
         if kernels == "native":
             self.backend = NativeBackend(
@@ -90,13 +96,8 @@ class LocalExecutor:
 
     def submit(self, batch: TokenBatch) -> Ticket:
         """Compute the step."""
-        start = time.perf_counter()
-        try:
-            result = self.backend.run(batch)
-        except StepFailed as failure:
-            return Ticket(batch, failure.__cause__)
-        result.seconds = time.perf_counter() - start
-        return Ticket(batch, result)
+        self._submitted = True
+        return self._compute(batch)
 
     def collect(self, ticket: Ticket) -> StepResult:
         """The result of a submitted step."""
@@ -113,37 +114,26 @@ class LocalExecutor:
     def profile(self, rows: int, context: int) -> float:
         """Seconds of one step of `rows` rows of one sequence after `context` tokens, with one greedy token.
 
-        Nothing is written: the rows have no slots, and what they read are the pages as they are.
+        The step stores and reads the first pages of the pool, after every one of them has been written to.
+        Hence it belongs before the first `submit`: afterwards pages may be in use, and it raises ValueError.
         """
-        if rows < 1 or context < 0 or rows + context > self._max_context:
-            raise InvalidParameter("rows + context", rows + context, f"from 1 to {self._max_context}")
-        return self.collect(self.submit(_synthetic_batch(rows, context))).seconds
+        if self._submitted:
+            raise ValueError("pages may be in use: a step can be profiled only before the first one")
+        limit = min(self._max_context, self._num_pages * PAGE_SIZE)
+        if rows < 1 or context < 0 or rows + context > limit:
+            raise InvalidParameter("rows + context", rows + context, f"from 1 to {limit}")
+        needed = pages_of(rows + context)
+        if needed > self._written_pages:
+            for writer in page_writers(needed, self._vocab_size):
+                self.collect(self._compute(writer))
+            self._written_pages = needed
+        return self.collect(self._compute(uniform_batch(1, rows, context, self._vocab_size))).seconds
 
-
-def _synthetic_batch(rows: int, context: int) -> TokenBatch:
-    positions = np.arange(context, context + rows, dtype=np.int32)
-    return TokenBatch(
-        token_ids=np.zeros(rows, np.int32),
-        positions=positions,
-        logical=positions,
-        slots=np.full(rows, -1, np.int64),
-        parents=np.full(rows, -1, np.int32),
-        starts=np.array([0, rows], np.int32),
-        context_lens=np.array([context], np.int32),
-        page_tables=np.zeros((1, (context + rows) // PAGE_SIZE + 1), np.int32),
-        adapter_slots=np.full(1, -1, np.int32),
-        work=np.array([Work.PREFILL], np.int8),
-        logit_rows=LogitRows(
-            rows=np.array([rows - 1], np.int32),
-            targets=np.full(1, -1, np.int32),
-            temperatures=np.zeros(1, np.float32),
-            top_k=np.zeros(1, np.int32),
-            top_p=np.ones(1, np.float32),
-            min_p=np.zeros(1, np.float32),
-            seeds=np.zeros(1, np.uint64),
-            sample_index=np.zeros(1, np.uint32),
-            positions=np.array([context + rows], np.int64),
-            num_logprobs=np.full(1, -1, np.int32),
-        ),
-        page_copies=np.zeros((0, 2), np.int32),
-    )
+    def _compute(self, batch: TokenBatch) -> Ticket:
+        start = time.perf_counter()
+        try:
+            result = self.backend.run(batch)
+        except StepFailed as failure:
+            return Ticket(batch, failure.__cause__)
+        result.seconds = time.perf_counter() - start
+        return Ticket(batch, result)

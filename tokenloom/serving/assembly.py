@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from tokenloom.config import Config
 from tokenloom.engine.engine import Engine, EngineLimits
@@ -15,8 +16,9 @@ from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
 from tokenloom.engine.policies.queue_order import QueueOrder
 from tokenloom.engine.policies.token_budget import choose_budget
 from tokenloom.errors import UnsupportedFeature
-from tokenloom.kernels.backend import Kernels, choose_kernels
-from tokenloom.kernels.native.extension import missing, thread_pool
+from tokenloom.kernels.backend import Choice, Kernels, KVDtype, choose_kernels
+from tokenloom.kernels.native.extension import thread_pool
+from tokenloom.kernels.native.packed_forms import expected_forms
 from tokenloom.kernels.native.weight_cache import WeightCache
 from tokenloom.kernels.native.weights import WeightPacker
 from tokenloom.models.loading import LoadedModel, ModelDescription, describe_model, load_model, resolve_dtype
@@ -53,15 +55,18 @@ def build_engine(config: Config, listener: LoadListener) -> EngineParts:
     """Load what `config` names and build the engine on the local executor.
 
     The memory plan is made, and told to `listener`, before anything is allocated. Raises `ModelError`,
-    `OutOfMemory` or `InvalidParameter`.
+    `OutOfMemory`, `InvalidParameter` or `UnsupportedFeature`.
     """
+    ops = choose_ops(config)
     directory = model_directory(config.model.model)
     tokenizer = Tokenizer.from_dir(directory)
     scheduler = config.scheduler
     budget = ChunkedPrefill(scheduler.max_batch_tokens, scheduler.max_chunk_tokens)
     max_running = min(scheduler.max_running, budget.max_running)
     described = describe_model(directory, max_context=config.model.max_context, weights=config.model.weights)
-    formats = _formats(config, described)
+    formats = choose_formats(config, described, ops)
+    if ops.kernels == "reference" and config.runtime.kernels == "auto":
+        log.warning("computing on the numpy reference: %s", ops.reason)
     plan = MemoryPlan.fit(
         described.config,
         described.program,
@@ -89,7 +94,7 @@ def build_engine(config: Config, listener: LoadListener) -> EngineParts:
         kv_dtype=formats.kv_dtype,
         num_threads=threads,
         kernels=formats.kernels,
-        isa="" if config.runtime.isa == "auto" else config.runtime.isa,
+        isa=ops.isa,
         pool=pool,
     )
     # The executor holds what it needs; what it packed for itself need not be kept twice.
@@ -110,41 +115,44 @@ def build_engine(config: Config, listener: LoadListener) -> EngineParts:
     return EngineParts(engine=engine, tokenizer=tokenizer, card=card, seeds=SeedSource(config.runtime.seed))
 
 
+def choose_ops(config: Config) -> Choice:
+    """What would compute under `config`. Raises `UnsupportedFeature` for options that exclude each other, or
+    that this machine does not have."""
+    ops = choose_kernels(config.runtime.kernels, dtype=config.model.dtype, isa=config.runtime.isa)
+    if ops.kernels != "native":
+        if config.cache.kv_dtype == "int8":
+            raise UnsupportedFeature("kv_dtype int8", "only the native kernels have it")
+        if config.model.weight_cache:
+            raise UnsupportedFeature("weight_cache", "only the native kernels have packed weights to keep")
+    return ops
+
+
 @dataclass(frozen=True, slots=True)
-class _Formats:
+class Formats:
     """Which kernels compute, in which arithmetic, and how K and V are held."""
 
     kernels: Kernels
-    dtype: str
-    kv_dtype: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    kv_dtype: KVDtype
 
 
-def _formats(config: Config, described: ModelDescription) -> _Formats:
-    kernels = choose_kernels(config.runtime.kernels)
-    if kernels == "native" and config.runtime.kernels == "auto" and config.model.dtype == "float16":
-        # Asked for by name, and the reference has it.
-        kernels = "reference"
+def choose_formats(config: Config, described: ModelDescription, ops: Choice) -> Formats:
+    """The formats that `config` asks for, with each "auto" resolved for the model on these ops."""
     quantized = config.model.weights != "auto" or described.config.quantization is not None
-    narrow = kernels == "native" and (quantized or described.config.dtype == "bfloat16")
+    narrow = ops.kernels == "native" and (quantized or described.config.dtype == "bfloat16")
     dtype = resolve_dtype(config.model.dtype, narrow=narrow)
-    kv_dtype: str = config.cache.kv_dtype
-    if kv_dtype == "auto":
-        # K and V are rounded like the other activations.
-        kv_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
-    if kv_dtype == "int8" and kernels != "native":
-        raise UnsupportedFeature("kv_dtype int8", "only the native kernels have it")
-    if kernels == "reference" and config.runtime.kernels == "auto":
-        log.warning(
-            "computing on the numpy reference: %s", missing() or f"the native kernels have no {dtype}"
-        )
-    return _Formats(kernels, dtype, kv_dtype)
+    if config.cache.kv_dtype != "auto":
+        return Formats(ops.kernels, dtype, config.cache.kv_dtype)
+    # K and V are rounded like the other activations.
+    kv_dtype: KVDtype = "bfloat16" if dtype == "bfloat16" else "float32"
+    return Formats(ops.kernels, dtype, kv_dtype)
 
 
 def _load(
     config: Config,
     directory: Path,
     described: ModelDescription,
-    formats: _Formats,
+    formats: Formats,
     pool: Any,
     listener: LoadListener,
 ) -> LoadedModel:
@@ -152,9 +160,9 @@ def _load(
     if formats.kernels == "native":
         rounded = roundings(described.program, config.model.weights)
         packer = WeightPacker(described.program, formats.dtype, pool, rounded)
-        cache = WeightCache(config.model.weight_cache, pool) if config.model.weight_cache else None
-    elif config.model.weight_cache:
-        raise UnsupportedFeature("weight_cache", "only the native kernels have packed weights to keep")
+        if config.model.weight_cache:
+            expect = partial(expected_forms, described.program, formats.dtype, rounded)
+            cache = WeightCache(config.model.weight_cache, pool, expect)
     return load_model(
         directory,
         dtype=formats.dtype,

@@ -8,12 +8,15 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from tokenloom.config import MAX_THREADS
+
 
 def num_threads(threads: int) -> int:
-    """`threads`, or one per core that this process may run on where it is 0."""
+    """`threads`, or where it is 0 one per core that this process may run on, at most `MAX_THREADS`."""
     if threads > 0:
         return threads
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MAX_THREADS)
 
 
 def thread_environment(threads: int, environment: Mapping[str, str]) -> dict[str, str]:

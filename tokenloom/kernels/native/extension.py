@@ -1,13 +1,20 @@
-"""The compiled module, which an install without a C++ compiler does not have."""
+"""The compiled module, which an install that could not build it does not have."""
 
 from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 from tokenloom.errors import UnsupportedFeature
+
+_MODULE: Final = "tokenloom.kernels.native._native"
+
+_NOT_THERE: Final = (
+    "there is no extension for this Python; an install builds it where it finds a C++20 compiler and cmake "
+    "(`pip install -v .` in the sources shows why not)"
+)
 
 
 @cache
@@ -21,14 +28,14 @@ def missing() -> str | None:
 
 
 def load() -> ModuleType:
-    """The module. Raises `UnsupportedFeature` if it was not built or cannot be loaded."""
+    """The module. Raises `UnsupportedFeature` if it is not there or cannot be loaded."""
     try:
-        return import_module("tokenloom.kernels.native._native")
-    except ModuleNotFoundError:
-        cure = "the extension was not built; install a C++20 compiler (g++ or clang++) and install tokenloom again"
-        raise UnsupportedFeature("native kernels", cure) from None
+        return import_module(_MODULE)
     except ImportError as error:
-        raise UnsupportedFeature("native kernels", f"the extension does not load: {error}") from None
+        # A module that the extension itself wants and does not find is an error of loading.
+        absent = isinstance(error, ModuleNotFoundError) and error.name == _MODULE
+        reason = _NOT_THERE if absent else f"the extension does not load: {error}"
+        raise UnsupportedFeature("native kernels", reason) from None
 
 
 def isas() -> list[str]:
