@@ -160,11 +160,13 @@ void Model::step(const Batch& batch, const int32_t* copies, int64_t num_copies, 
     if (counters_.size() < phases) counters_ = std::vector<WorkCounter>(phases * 2);
     for (size_t i = 0; i < phases; ++i) counters_[i].reset();
     std::fill(phase_.begin(), phase_.end(), 0);
+    if (profiling_) stamps_.resize(static_cast<size_t>(threads_->size()) * (ops_.size() + 2));
     // Nothing below allocates: a step that runs out of memory has written nothing.
     num_rows_ = batch.rows;
     copy_pages(*kv_, copies, num_copies);
     if (profiling_) op_seconds_[ops_.size() + 1] += seconds_now() - start;
     threads_->run([this](int thread) noexcept { walk(thread); });
+    if (profiling_) add_seconds();
     entries_ = nullptr;
     batch_ = nullptr;
 }
@@ -178,24 +180,32 @@ void Model::phase(int thread, int64_t count, int64_t parts, Work&& work) {
 }
 
 void Model::walk(int thread) {
-    bool timed = profiling_ && thread == 0;
-    double last = timed ? seconds_now() : 0;
+    double* stamp = profiling_ ? stamps_.data() + static_cast<size_t>(thread) * (ops_.size() + 2) : nullptr;
+    if (stamp) *stamp++ = seconds_now();
     int64_t rows = batch_->rows;
     for (size_t i = 0; i < ops_.size(); ++i) {
         if (i == tail_begin_ && tail_.cut()) {
             compact(thread);
             rows = tail_.batch().rows;
         }
-        if (!rows) break;
-        std::visit([&](const auto& op) { run(op, rows, thread); }, ops_[i]);
-        if (timed) {
-            double now = seconds_now();
-            op_seconds_[i] += now - last;
-            last = now;
-        }
+        if (rows) std::visit([&](const auto& op) { run(op, rows, thread); }, ops_[i]);
+        if (stamp) *stamp++ = seconds_now();
     }
     run_head(thread);
-    if (timed) op_seconds_[ops_.size()] += seconds_now() - last;
+    if (stamp) *stamp = seconds_now();
+}
+
+// An op is over when the first thread leaves it: others may be late to wake up, and do less of the next one.
+void Model::add_seconds() {
+    const size_t count = ops_.size() + 2;
+    double last = 0;
+    for (size_t i = 0; i < count; ++i) {
+        double first = stamps_[i];
+        for (size_t thread = 1; thread * count < stamps_.size(); ++thread)
+            first = std::min(first, stamps_[thread * count + i]);
+        if (i) op_seconds_[i - 1] += first - last;
+        last = first;
+    }
 }
 
 // The rows that are kept move to the front.

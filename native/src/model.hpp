@@ -124,6 +124,7 @@ class Model {
     void find_tail();
     void plan(const Batch& batch);
     void walk(int thread);
+    void add_seconds();
     void run_head(int thread);
     void sample_rows(int64_t begin, int64_t end, int64_t tile, int thread);
     void make_tiles();
@@ -179,7 +180,7 @@ class Model {
     std::vector<WorkCounter> counters_;
     std::vector<int> phase_;  // per thread: the next counter (spaced apart)
     bool profiling_ = false;
-    std::vector<double> op_seconds_;
+    std::vector<double> op_seconds_, stamps_;  // stamps: [threads, ops + 2]
 };
 
 }  // namespace tokenloom
