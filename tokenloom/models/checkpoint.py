@@ -62,6 +62,7 @@ _WEIGHT = ".weight"
 
 class SafetensorsFile:
     """One mapped file. `entries` lists its tensors; `read` gives a view, `release` drops its pages.
+    `size` and `mtime_ns` are those of the file when it was opened.
 
     Raises `ModelError` if the file is absent, cut short or its header is not sound. The map follows the file:
     one that is cut or overwritten in place while it is mapped can end the process, as with any mapped file.
@@ -70,7 +71,9 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with open(open_regular(path), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            status = os.fstat(file.fileno())
+            size = self.size = status.st_size
+            self.mtime_ns = status.st_mtime_ns
             length = parse_header(file.read(8), size, str(path))
             self.entries = parse_entries(file.read(length), size, str(path))
             try:
@@ -257,6 +260,16 @@ class Checkpoint:
                 hasher.update(sample.data)
             self.release(name)
         return hasher.hexdigest()
+
+    def files_id(self) -> str:
+        """Hex blake2b (128 bits) of names, sizes and modification times of the files that hold the tensors.
+
+        It sees an edit in place that `content_id` does not see, unless that sets the time back. A copy has
+        the same only if it keeps names and times.
+        """
+        files = {file.path.name: file for file in self._owners.values()}
+        stamps = [[name, file.size, file.mtime_ns] for name, file in sorted(files.items())]
+        return hashlib.blake2b(json.dumps(stamps).encode("ascii"), digest_size=16).hexdigest()
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self._owners:

@@ -25,10 +25,12 @@ from tokenloom.models.registry import build_program
 from tokenloom.models.rope import limit_context, rope_tables, table_bytes
 from tokenloom.models.weight_sources import (
     ProgressListener,
+    SourceForm,
     WeightFormat,
     WeightSource,
     check_weights,
     resolve_weights,
+    source_forms,
     weight_sources,
 )
 from tokenloom.quantization.weights import Int4Matrix, Int8Matrix, row_blocks
@@ -102,7 +104,7 @@ class Packer(Protocol):
 class Cache(Protocol):
     """Packed weights that were kept, by a key."""
 
-    def load(self, key: str) -> dict[str, Any] | None: ...
+    def load(self, key: str, sources: Mapping[str, Sequence[SourceForm]]) -> dict[str, Any] | None: ...
 
     def save(self, key: str, weights: Mapping[str, Any]) -> None: ...
 
@@ -137,7 +139,7 @@ def load_model(
         if packer is None:
             loaded = load_weights(described.program, checkpoint, chosen, progress, weights=weight_format)
         else:
-            key = f"{content_id}:{chosen}:{weight_format}"
+            key = f"{content_id}:{checkpoint.files_id()}:{chosen}:{weight_format}"
             loaded = _packed_weights(described.program, checkpoint, packer, cache, key, progress)
     return LoadedModel(
         config=described.config,
@@ -161,7 +163,7 @@ def _packed_weights(
 ) -> dict[str, Any]:
     if cache is not None:
         check_weights(program, checkpoint)
-        kept = cache.load(key)
+        kept = cache.load(key, source_forms(program, checkpoint))
         if kept is not None:
             return kept
     loaded: dict[str, Any] = {}

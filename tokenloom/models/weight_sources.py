@@ -63,6 +63,29 @@ def weight_sources(
     return _read(wanted, checkpoint, chosen, progress)
 
 
+class SourceForm(NamedTuple):
+    """How a source is stored: `dtype` float32, bfloat16, float16, or int4 in groups of `group` inputs."""
+
+    dtype: str
+    group: int = 0
+
+
+def source_forms(program: Program, checkpoint: Checkpoint) -> dict[str, tuple[SourceForm, ...]]:
+    """The stored forms of the sources of each weight that `weight_sources` hands out, in the same order; the
+    checkpoint fits the program (`check_weights`)."""
+    return {
+        spec.name: tuple(_form(source, checkpoint) for source in spec.sources)
+        for spec in program.weights
+        if _is_present(spec, checkpoint)
+    }
+
+
+def _form(source: str, checkpoint: Checkpoint) -> SourceForm:
+    if checkpoint.quantization is not None and checkpoint.is_quantized(source):
+        return SourceForm("int4", checkpoint.quantization.group)
+    return SourceForm(checkpoint.dtype(source))
+
+
 def _read(
     wanted: list[WeightSpec],
     checkpoint: Checkpoint,
