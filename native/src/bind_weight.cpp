@@ -8,10 +8,12 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 
 #include "pack.hpp"
 #include "pool.hpp"
+#include "refuse.hpp"
 #include "weight.hpp"
 
 namespace nb = nanobind;
@@ -21,8 +23,6 @@ namespace tokenloom {
 namespace {
 
 using Anything = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
-
-[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
 Format format_of(const std::string& name) {
     if (name == "float32") return Format::f32;
@@ -56,9 +56,28 @@ std::shared_ptr<PackedWeight> empty_weight(Format format, bool paired, int64_t n
     auto weight = std::make_shared<PackedWeight>();
     weight->matrix = packed_shape(format, paired, n, k, group);
     weight->data = Memory(static_cast<size_t>(packed_bytes(weight->matrix)) + kAlign);
-    if (format == Format::i8) weight->scales.resize(static_cast<size_t>(weight->matrix.panels * kPanel));
+    weight->scales.resize(static_cast<size_t>(count_scales(weight->matrix)));
     weight->matrix.data = weight->data.data();
     weight->matrix.scales = weight->scales.data();
+    return weight;
+}
+
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// A weight whose bytes lie elsewhere and stay there.
+std::shared_ptr<PackedWeight> view_weight(const std::string& format, bool paired, int64_t n, int64_t k, int64_t group,
+                                          const Bytes& data, const Bytes& scales) {
+    auto weight = std::make_shared<PackedWeight>();
+    PackedMatrix& m = weight->matrix;
+    m = packed_shape(format_of(format), paired, n, k, group);
+    if (static_cast<int64_t>(data.size()) != packed_bytes(m) ||
+        static_cast<int64_t>(scales.size()) != count_scales(m) * 4)
+        refuse("view_weight: data or scales of another size");
+    if (reinterpret_cast<uintptr_t>(data.data()) % kAlign || reinterpret_cast<uintptr_t>(scales.data()) % 4)
+        refuse("view_weight: data must begin at a multiple of 64 bytes");
+    m.data = data.data();
+    m.scales = reinterpret_cast<const float*>(scales.data());
+    weight->owner = std::make_shared<std::pair<Bytes, Bytes>>(data, scales);
     return weight;
 }
 
@@ -72,11 +91,16 @@ std::shared_ptr<PackedWeight> packed(ThreadPool& pool, Format format, const std:
     WorkCounter counter;
     counter.reset();
     int64_t panels = weight->matrix.panels;
+    std::atomic<const char*> wrong{nullptr};  // jobs of the pool must not throw
     pool.run([&](int thread) {
         int64_t begin, end;
-        while (counter.take(thread, panels, kOneByOne, begin, end))
-            pack_panels(weight->matrix, sources, weight->data.data(), weight->scales.data(), begin, end);
+        while (!wrong.load(std::memory_order_relaxed) && counter.take(thread, panels, kOneByOne, begin, end)) {
+            const char* found =
+                pack_panels(weight->matrix, sources, weight->data.data(), weight->scales.data(), begin, end);
+            if (found) wrong.store(found, std::memory_order_relaxed);
+        }
     });
+    if (const char* found = wrong.load(std::memory_order_relaxed)) refuse(found);
     return weight;
 }
 
@@ -177,16 +201,17 @@ void bind_weight(nb::module_& m) {
         .def_prop_ro("shape", [](const PackedWeight& w) { return std::make_pair(w.matrix.n, w.matrix.k); })
         .def_prop_ro("group", [](const PackedWeight& w) { return w.matrix.group; })
         .def_prop_ro("nbytes", [](const PackedWeight& w) {
-            return static_cast<int64_t>(w.data.size()) + static_cast<int64_t>(w.scales.size()) * 4;
+            return packed_bytes(w.matrix) + kAlign + count_scales(w.matrix) * 4;
         })
         .def_prop_ro("data",
                      [](PackedWeight& w) {
                          size_t bytes = static_cast<size_t>(packed_bytes(w.matrix));
-                         return nb::ndarray<uint8_t, nb::numpy, nb::ndim<1>>(w.data.data(), {bytes}, nb::find(w));
+                         return nb::ndarray<const uint8_t, nb::numpy, nb::ndim<1>>(w.matrix.data, {bytes}, nb::find(w));
                      },
                      nb::rv_policy::reference_internal)
         .def_prop_ro("scales", [](PackedWeight& w) {
-            return nb::ndarray<float, nb::numpy, nb::ndim<1>>(w.scales.data(), {w.scales.size()}, nb::find(w));
+            size_t count = static_cast<size_t>(count_scales(w.matrix));
+            return nb::ndarray<const float, nb::numpy, nb::ndim<1>>(w.matrix.scales, {count}, nb::find(w));
         })
         .def("row", [](const PackedWeight& w, int64_t n, nb::ndarray<float, nb::ndim<1>, nb::c_contig> out) {
             if (n < 0 || n >= w.matrix.n || static_cast<int64_t>(out.shape(0)) != w.matrix.k)
@@ -197,12 +222,8 @@ void bind_weight(nb::module_& m) {
           nb::arg("group"));
     m.def("pack_quantized", &pack_quantized, nb::arg("pool"), nb::arg("values"), nb::arg("scales"), nb::arg("zeros"),
           nb::arg("paired"), nb::arg("group"));
-    // Zeroed, to be filled from a cache.
-    m.def("empty_weight",
-          [](const std::string& format, bool paired, int64_t n, int64_t k, int64_t group) {
-              return empty_weight(format_of(format), paired, n, k, group);
-          },
-          nb::arg("format"), nb::arg("paired"), nb::arg("n"), nb::arg("k"), nb::arg("group"));
+    m.def("view_weight", &view_weight, nb::arg("format"), nb::arg("paired"), nb::arg("n"), nb::arg("k"), nb::arg("group"),
+          nb::arg("data").noconvert(), nb::arg("scales").noconvert());
     m.def("digest", &digest, nb::arg("pool"), nb::arg("array"));
 }
 

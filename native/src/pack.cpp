@@ -1,7 +1,6 @@
 #include "pack.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
@@ -9,6 +8,7 @@ namespace tokenloom {
 namespace {
 
 constexpr int64_t kStepBytes = 4 * kPanel;
+constexpr int kMaxZero = 16;
 
 float float_of(uint32_t bits) {
     float x;
@@ -116,39 +116,63 @@ void read_floats(const Row& row, int64_t begin, int64_t end, float* out) {
     }
 }
 
-float largest(const float* x, int64_t count) {
-    float best = 0;
-    for (int64_t k = 0; k < count; ++k) best = std::fabs(x[k]) > best ? std::fabs(x[k]) : best;
+constexpr uint32_t kInfinity = 0x7f800000u;
+constexpr uint32_t kInfiniteBf16 = 0x7f7f8000u;  // from here on a float rounds to infinity
+
+// The bits of the largest |x|. They are in the order of the numbers, with infinity and then NaN at the end.
+uint32_t largest_bits(const float* x, int64_t count) {
+    uint32_t best = 0;
+    for (int64_t k = 0; k < count; ++k) best = std::max(best, bits_of(x[k]) & 0x7fffffffu);
     return best;
 }
 
+bool is_finite_f16(uint16_t half) { return (half & 0x7c00) != 0x7c00; }
+
 // --- one column of a panel ------------------------------------------------------------------------------
-// Every column is cut into steps of 4 bytes, 128 bytes apart. `scratch` holds `depth` floats.
+// Every column is cut into steps of 4 bytes, 128 bytes apart. `scratch` holds `depth` floats. All but the first
+// return what is wrong with a number, or null.
+
+constexpr char kNotFinite[] = "a value is not finite";
+constexpr char kTooWide[] = "a group of values is too wide for a scale in float16";
+constexpr char kOverflow[] = "a value is too large for bfloat16";
+constexpr char kOutside[] = "an integer lies outside the range of its format";
+constexpr char kBadScale[] = "a scale is not finite";
 
 void pack_f32(const Row& row, int64_t k, uint8_t* column, float* scratch) {
     read_floats(row, 0, k, scratch);
     for (int64_t i = 0; i < k; ++i) std::memcpy(column + i * kStepBytes, scratch + i, 4);
 }
 
-void pack_bf16(const Row& row, int64_t k, uint8_t* column, float* scratch) {
+const char* pack_bf16(const Row& row, int64_t k, uint8_t* column, float* scratch) {
     read_floats(row, 0, k, scratch);
     if (k % 2) scratch[k] = 0;
+    uint32_t overflows = 0;  // a NaN or an infinity stays what it was
+    for (int64_t i = 0; i < k; ++i)
+        overflows |= (bits_of(scratch[i]) & 0x7fffffffu) - kInfiniteBf16 < kInfinity - kInfiniteBf16;
     for (int64_t i = 0; i < k; i += 2) {
         uint32_t pair = bf16_of_float(scratch[i]) | static_cast<uint32_t>(bf16_of_float(scratch[i + 1])) << 16;
         std::memcpy(column + i / 2 * kStepBytes, &pair, 4);
     }
+    return overflows ? kOverflow : nullptr;
 }
 
-float pack_i8(const Row& row, int64_t k, uint8_t* column, float* scratch) {
-    float scale;
+const char* pack_i8(const Row& row, int64_t k, uint8_t* column, float& scale, float* scratch) {
     uint8_t* bytes = reinterpret_cast<uint8_t*>(scratch);  // behind the reader, which has floats there
     if (row.source->type == SourceType::i8) {
         scale = static_cast<const float*>(row.source->scales)[row.index];
+        if ((bits_of(scale) & 0x7fffffffu) >= kInfinity) return kBadScale;
         const int8_t* p = element<int8_t>(row, 0);
-        for (int64_t i = 0; i < k; ++i) bytes[i] = static_cast<uint8_t>(p[i * row.source->k_stride] + 128);
+        uint8_t least = 255;
+        for (int64_t i = 0; i < k; ++i) {
+            bytes[i] = static_cast<uint8_t>(p[i * row.source->k_stride] + 128);
+            least = std::min(least, bytes[i]);
+        }
+        if (!least) return kOutside;
     } else {
         read_floats(row, 0, k, scratch);
-        scale = largest(scratch, k) / 127.0f;
+        const uint32_t largest = largest_bits(scratch, k);
+        if (largest >= kInfinity) return kNotFinite;
+        scale = float_of(largest) / 127.0f;
         if (scale < 0x1p-126f) scale = 1;
         for (int64_t i = 0; i < k; ++i) {
             int q = static_cast<int>(clip(round_even(clip(scratch[i] / scale, -1000, 1000)), -127, 127));
@@ -157,7 +181,7 @@ float pack_i8(const Row& row, int64_t k, uint8_t* column, float* scratch) {
     }
     for (int64_t i = k; i % 4; ++i) bytes[i] = 128;
     for (int64_t i = 0; i < k; i += 4) std::memcpy(column + i / 4 * kStepBytes, bytes + i, 4);
-    return scale;
+    return nullptr;
 }
 
 // One column of one group: `count` weights, packed as `group`.
@@ -166,13 +190,15 @@ struct Group {
     uint8_t zero;
     uint8_t* q;  // [group]
 };
-void quantize_group(const float* w, int64_t count, Group& out) {
+const char* quantize_group(const float* w, int64_t count, Group& out) {
+    if (largest_bits(w, count) >= kInfinity) return kNotFinite;
     float low = 0, high = 0;
     for (int64_t i = 0; i < count; ++i) {
         low = w[i] < low ? w[i] : low;
         high = w[i] > high ? w[i] : high;
     }
     out.scale = f16_of_float((high - low) / 15.0f);
+    if (!is_finite_f16(out.scale)) return kTooWide;
     float scale = float_of_f16(out.scale);
     if (scale == 0) {
         scale = 1;
@@ -184,25 +210,39 @@ void quantize_group(const float* w, int64_t count, Group& out) {
         float q = round_even(clip(w[i] / scale, -1000, 1000)) + zero;
         out.q[i] = static_cast<uint8_t>(clip(q, 0, 15));
     }
+    return nullptr;
 }
 
-void pack_i4(const Row& row, const PackedMatrix& shape, uint8_t* panel, int64_t column, float* scratch) {
+// The group of the row that begins at `first`, as somebody quantised it.
+const char* copy_group(const Row& row, int64_t groups, int64_t g, int64_t first, int64_t count, Group& out) {
+    const SourceRows& s = *row.source;
+    out.scale = static_cast<const uint16_t*>(s.scales)[row.index * groups + g];
+    out.zero = s.zeros[row.index * groups + g];
+    if (!is_finite_f16(out.scale)) return kBadScale;
+    const uint8_t* p = element<uint8_t>(row, first);
+    uint8_t bits = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        out.q[i] = p[i * s.k_stride];
+        bits |= out.q[i];
+    }
+    return bits > 15 || out.zero > kMaxZero ? kOutside : nullptr;
+}
+
+const char* pack_i4(const Row& row, const PackedMatrix& shape, uint8_t* panel, int64_t column, float* scratch) {
     const int64_t groups = quantized_groups(shape), size = shape.group, bytes = group_bytes(size);
     std::vector<uint8_t> q(static_cast<size_t>(size));
     for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = g * size, count = std::min(size, shape.k - first);
         Group out{0, 0, q.data()};
         std::fill(q.begin(), q.end(), uint8_t{0});
+        const char* wrong;
         if (row.source->type == SourceType::i4) {
-            const SourceRows& s = *row.source;
-            out.scale = static_cast<const uint16_t*>(s.scales)[row.index * groups + g];
-            out.zero = s.zeros[row.index * groups + g];
-            const uint8_t* p = element<uint8_t>(row, first);
-            for (int64_t i = 0; i < count; ++i) q[i] = p[i * s.k_stride];
+            wrong = copy_group(row, groups, g, first, count, out);
         } else {
             read_floats(row, first, first + count, scratch);
-            quantize_group(scratch, count, out);
+            wrong = quantize_group(scratch, count, out);
         }
+        if (wrong) return wrong;
         uint8_t* block = panel + g * bytes;
         for (int64_t j = 0; j < size / 8; ++j)
             for (int64_t i = 0; i < 4; ++i)
@@ -211,6 +251,7 @@ void pack_i4(const Row& row, const PackedMatrix& shape, uint8_t* panel, int64_t 
         std::memcpy(tail + 2 * column, &out.scale, 2);
         tail[2 * kPanel + column] = out.zero;
     }
+    return nullptr;
 }
 
 int64_t panel_bytes(Format format, int64_t k, int64_t group) {
@@ -264,9 +305,10 @@ void check_sources(const PackedMatrix& shape, const std::vector<SourceRows>& sou
     if (rows != shape.n) throw std::invalid_argument("the sources do not have as many rows as the weight");
 }
 
-void pack_panels(const PackedMatrix& shape, const std::vector<SourceRows>& sources, uint8_t* data, float* scales,
-                 int64_t begin, int64_t end) {
+const char* pack_panels(const PackedMatrix& shape, const std::vector<SourceRows>& sources, uint8_t* data,
+                        float* scales, int64_t begin, int64_t end) {
     std::vector<float> scratch(static_cast<size_t>(shape.k + 4));
+    const char* wrong = nullptr;
     for (int64_t p = begin; p < end; ++p) {
         uint8_t* panel = data + p * shape.panel_bytes;
         std::memset(panel, shape.format == Format::i8 ? 128 : 0, static_cast<size_t>(shape.panel_bytes));
@@ -275,14 +317,17 @@ void pack_panels(const PackedMatrix& shape, const std::vector<SourceRows>& sourc
             if (shape.format == Format::i8) scales[p * kPanel + c] = 0;
             if (n < 0) continue;
             const Row row = find_row(sources, n);
+            uint8_t* column = panel + 4 * c;
             switch (shape.format) {
-                case Format::f32: pack_f32(row, shape.k, panel + 4 * c, scratch.data()); break;
-                case Format::bf16: pack_bf16(row, shape.k, panel + 4 * c, scratch.data()); break;
-                case Format::i8: scales[p * kPanel + c] = pack_i8(row, shape.k, panel + 4 * c, scratch.data()); break;
-                case Format::i4: pack_i4(row, shape, panel, c, scratch.data()); break;
+                case Format::f32: pack_f32(row, shape.k, column, scratch.data()); break;
+                case Format::bf16: wrong = pack_bf16(row, shape.k, column, scratch.data()); break;
+                case Format::i8: wrong = pack_i8(row, shape.k, column, scales[p * kPanel + c], scratch.data()); break;
+                case Format::i4: wrong = pack_i4(row, shape, panel, c, scratch.data()); break;
             }
+            if (wrong) return wrong;
         }
     }
+    return nullptr;
 }
 
 void unpack_row(const PackedMatrix& weight, int64_t n, float* out) {

@@ -14,7 +14,7 @@ enum class SourceType : int32_t { f32, bf16, f16, i8, i4 };
 // Some rows of a weight where they lie (in a mapped file, say); a weight may be several such blocks stacked.
 // Element (n, k) is `data[n * row_stride + k * k_stride]`, so a transposed block is a source too.
 struct SourceRows {
-    const void* data;     // i8: int8, i4: uint8 in 0..15
+    const void* data;     // i8: int8 in -127..127, i4: uint8 in 0..15
     SourceType type;
     int64_t rows;
     int64_t row_stride;   // in elements
@@ -39,9 +39,14 @@ int64_t quantized_stride(const PackedMatrix& shape);
 void check_sources(const PackedMatrix& shape, const std::vector<SourceRows>& sources);
 
 // Fills panels [begin, end) of `data`, and for i8 their `scales` (32 per panel). Panels are independent of
-// each other, so threads may share the work.
-void pack_panels(const PackedMatrix& shape, const std::vector<SourceRows>& sources, uint8_t* data, float* scales,
-                 int64_t begin, int64_t end);
+// each other, so threads may share the work. Returns null, or what is wrong with a number of the sources (it does
+// not throw: it runs on threads of the pool); the panels are no weight then:
+//   i8, i4 from floats     a value is not finite (round_to_nearest.py refuses the same)
+//   i4 from floats         a group is too wide for a scale in fp16
+//   bf16                   a finite value rounds to infinity
+//   i8, i4 from integers   a value or a zero point lies outside its range, or a scale is not finite
+const char* pack_panels(const PackedMatrix& shape, const std::vector<SourceRows>& sources, uint8_t* data,
+                        float* scales, int64_t begin, int64_t end);
 
 // Row n of the weight in fp32: i8 q * scale, i4 (q - zero) * scale, rounded once.
 void unpack_row(const PackedMatrix& weight, int64_t n, float* out);

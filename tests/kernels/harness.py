@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tokenloom.engine.batch import PAGE_SIZE, LogitEdits, LogitRows, StepResult, TokenBatch, Work
 from tokenloom.kernels.backend import kv_page_bytes
 from tokenloom.kernels.native import extension
-from tokenloom.kernels.native.weights import WeightPacker
+from tokenloom.kernels.native.weights import PackedTable, WeightPacker
 from tokenloom.kernels.program import Program
 from tokenloom.models.config import ModelConfig, RopeConfig
 from tokenloom.models.llama import build
@@ -105,16 +105,19 @@ def page_bytes_of(program: Program, numerics: Numerics) -> int:
     return kv_page_bytes(program.kv, numerics.kv_dtype, numerics.kernels, PAGE_SIZE)
 
 
-def prepared(
-    program: Program, weights: Mapping[str, NDArray[np.float32]], numerics: Numerics
-) -> Mapping[str, Any]:
-    """The weights as an executor takes them: rounded and packed where the numerics say so."""
+def prepared(program: Program, weights: Mapping[str, Any], numerics: Numerics) -> Mapping[str, Any]:
+    """The weights as an executor takes them: rounded and packed where the numerics say so. A `PackedTable`
+    stays one."""
     if not numerics.weights:
         return weights
     packer = WeightPacker(
         program, numerics.dtype, extension.thread_pool(1), roundings(program, numerics.weights)
     )
-    return {spec.name: packer.pack(spec, [weights[spec.name]]) for spec in program.weights}
+    return {
+        spec.name: weight if isinstance(weight, PackedTable) else packer.pack(spec, [weight])
+        for spec in program.weights
+        for weight in [weights[spec.name]]
+    }
 
 
 def make_executor(
@@ -122,7 +125,7 @@ def make_executor(
     numerics: Numerics | None = None,
     *,
     num_threads: int = 1,
-    weights: Mapping[str, NDArray[np.float32]] | None = None,
+    weights: Mapping[str, Any] | None = None,
 ) -> LocalExecutor:
     """An executor with random weights and 96 pages, of which three share a frame that has a gap."""
     numerics = numerics or Numerics()

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.kernels.harness import Entry, Run, make_batch, step
 from tests.models.hf_fixtures import TINY, llama_tensors, write_model
 from tokenloom.engine.engine import Engine, EngineLimits
 from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
 from tokenloom.engine.request import Request
 from tokenloom.engine.sampling_params import SamplingParams
-from tokenloom.models.loading import load_model
+from tokenloom.kernels.native import extension
+from tokenloom.kernels.native.weights import WeightPacker
+from tokenloom.models.loading import describe_model, load_model
 from tokenloom.models.memory_plan import MemoryPlan
+from tokenloom.models.weight_sources import roundings
 from tokenloom.runtime.local import LocalExecutor
 
 MIDDLE = {
@@ -68,3 +73,47 @@ def test_peak_stays_within_the_plan(tmp_path: Path, stored: str):
     assert resident <= 1.05 * fixed + (2 << 20)
     assert peak - resident <= plan.workspace_bytes
     assert resident > 0.8 * fixed
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell")
+@pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
+@pytest.mark.parametrize(
+    ("dtype", "weights", "num_threads"),
+    [("float32", "auto", 1), ("bfloat16", "int8", 2), ("bfloat16", "int4", 4)],
+)
+def test_native_steps_stay_within_the_plan(tmp_path: Path, dtype: str, weights: str, num_threads: int):
+    vocab_size, length = 60_000, 4096
+    config = MIDDLE | {"vocab_size": vocab_size, "num_key_value_heads": 1, "max_position_embeddings": length}
+    config |= {"hidden_size": 64, "intermediate_size": 176}
+    directory = write_model(tmp_path, config, llama_tensors(config))
+    program = describe_model(directory).program
+    pool = extension.thread_pool(num_threads)
+    packer = WeightPacker(program, dtype, pool, roundings(program, weights))  # type: ignore[arg-type]
+    model = load_model(directory, dtype=dtype, weights=weights, packer=packer)
+    plan = MemoryPlan.fit(
+        model.config, program, max_batch_tokens=256, max_running=2, dtype=dtype, kv_dtype=dtype,
+        weights=weights, kernels="native", num_threads=num_threads,
+    )  # fmt: skip
+    executor = LocalExecutor(
+        program, model.weights, model.rope, num_frames=plan.num_frames, frame_bytes=plan.frame_bytes,
+        pages_per_frame=plan.pages_per_frame, dtype=dtype, kv_dtype=dtype, num_threads=num_threads,
+        kernels="native", pool=pool,
+    )  # fmt: skip
+    before = resident_bytes()
+    tokens = np.random.default_rng(0).integers(0, vocab_size, length).tolist()
+    pages = range(length // 16)
+    starts = [*range(0, length, 256), length - 48, length - 1, length - 100]
+    for start in starts:
+        rows = min(256, length - start)
+        run = Run(tokens, start, start + rows, pages)
+        entries = [Entry(row, temperature=1.0, top_p=0.9, num_logprobs=5) for row in range(min(rows, 64))]
+        step(executor, make_batch([run], entries))
+    taken = resident_bytes() - before
+    executor.close()
+    # Huge pages that are filled in part, and what Python keeps.
+    assert taken <= plan.workspace_bytes + plan.kv_bytes + (12 << 20)
+    assert taken > 0.5 * plan.workspace_bytes

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, NoReturn, Protocol, get_args
 
 import ml_dtypes
 import numpy as np
@@ -30,9 +30,11 @@ from tokenloom.models.weight_sources import (
     WeightSource,
     check_weights,
     resolve_weights,
+    roundings,
     source_forms,
     weight_sources,
 )
+from tokenloom.quantization import round_to_nearest
 from tokenloom.quantization.weights import Int4Matrix, Int8Matrix, row_blocks
 
 Float32 = NDArray[np.float32]
@@ -55,10 +57,9 @@ class LoadedModel:
     """A model in memory.
 
     `weights` maps the names of `program.weights` to arrays as `load_weights` makes them, or to what the packer
-    made. `dtype` is the
-    arithmetic that was asked for ("auto" resolved), `config.dtype` what the checkpoint stores. `rope` is cos
-    and sin, float32 [config.max_context, rotary_dim / 2]. `content_id` is that of the checkpoint,
-    `weight_format` what was asked for beyond it.
+    made. `dtype` is the arithmetic that was asked for ("auto" resolved), `config.dtype` what the checkpoint
+    stores. `rope` is cos and sin, float32 [config.max_context, rotary_dim / 2]. `content_id` is that of the
+    checkpoint, `weight_format` what was asked for beyond it.
     """
 
     config: ModelConfig
@@ -140,7 +141,8 @@ def load_model(
             loaded = load_weights(described.program, checkpoint, chosen, progress, weights=weight_format)
         else:
             key = f"{content_id}:{checkpoint.files_id()}:{chosen}:{weight_format}"
-            loaded = _packed_weights(described.program, checkpoint, packer, cache, key, progress)
+            formats = (chosen, weight_format)
+            loaded = _packed_weights(described.program, checkpoint, packer, formats, cache, key, progress)
     return LoadedModel(
         config=described.config,
         program=described.program,
@@ -157,6 +159,7 @@ def _packed_weights(
     program: Program,
     checkpoint: Checkpoint,
     packer: Packer,
+    formats: tuple[str, WeightFormat],
     cache: Cache | None,
     key: str,
     progress: ProgressListener | None,
@@ -167,16 +170,33 @@ def _packed_weights(
         if kept is not None:
             return kept
     loaded: dict[str, Any] = {}
+    dtype, weight_format = formats
+    rounded = roundings(program, weight_format)
     for spec, sources in weight_sources(program, checkpoint, "auto", progress):
         try:
             loaded[spec.name] = packer.pack(spec, sources)
         except ValueError as error:
-            raise ModelError(f"{spec.name}: {error}", "finite weights that can be packed") from None
+            _refuse(spec, sources, rounded.get(spec.name, dtype), error)
         # Not two weights at a time.
         del sources
     if cache is not None:
         cache.save(key, loaded)
     return loaded
+
+
+def _refuse(spec: WeightSpec, sources: Sequence[WeightSource], target: str, error: ValueError) -> NoReturn:
+    """Say which tensor a packer could not turn into `target`, as `load_weights` would: the rules are the
+    same, and a packer on many threads knows only that some number breaks them."""
+    for source, name in zip(sources, spec.sources, strict=True):
+        if isinstance(source, Int8Matrix | Int4Matrix):
+            continue
+        if target == "int8":
+            round_to_nearest.int8(source, name)
+        elif target == "int4":
+            round_to_nearest.int4(source, name=name)
+        else:
+            _convert(source, np.empty(source.shape, _TYPES[target]), name)
+    raise ModelError(f"{spec.name}: {error}", "weights that the kernels can pack") from None
 
 
 def resolve_dtype(dtype: str, *, narrow: bool = False) -> Literal["float32", "bfloat16", "float16"]:

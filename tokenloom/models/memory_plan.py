@@ -2,21 +2,30 @@
 
 ```
 available   |-- weights --|-- rope --|-- workspace --|------ KV frames ------|-- headroom --|
+                                     |-- building --|
 ```
+Building ends before the first step takes its workspace and the first token a KV frame.
 """
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from tokenloom.engine.batch import PAGE_SIZE
 from tokenloom.errors import InvalidParameter, OutOfMemory
 from tokenloom.kernels.backend import kv_page_bytes
-from tokenloom.kernels.program import Embed, Linear, Program
+from tokenloom.kernels.native.packed_forms import WeightForm, expected_forms
+from tokenloom.kernels.native.sizes import form_bytes, step_bytes
+from tokenloom.kernels.program import Embed, Linear, Program, WeightSpec
 from tokenloom.models.config import ModelConfig
 from tokenloom.models.machine_memory import MachineMemory, read_machine_memory
 from tokenloom.models.rope import table_bytes
+from tokenloom.models.weight_sources import WeightFormat, roundings
+from tokenloom.quantization.weights import num_groups
 
 FRAME_BYTES = 2 << 20
 """Bytes of one frame: the size of a huge page, so that a frame is one entry of the address tables."""
@@ -41,7 +50,8 @@ class MemoryPlan:
 
     `page_bytes` holds K and V of `PAGE_SIZE` tokens for every layer; a frame of `frame_bytes` holds
     `pages_per_frame` of them. `num_pages` is the size of the KV pool, for sequences of up to `max_context`
-    tokens. `headroom` stays free for the rest of the process and its neighbours.
+    tokens. `headroom` stays free for the rest of the process and its neighbours. `building_bytes` are taken
+    for a moment while the model is built.
     """
 
     weight_bytes: int
@@ -54,6 +64,7 @@ class MemoryPlan:
     max_context: int
     headroom: int
     machine: MachineMemory
+    building_bytes: int = 0
 
     @property
     def num_frames(self) -> int:
@@ -66,7 +77,9 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.rope_bytes + self.workspace_bytes + self.kv_bytes
+        """Bytes at the peak."""
+        later = max(self.workspace_bytes + self.kv_bytes, self.building_bytes)
+        return self.weight_bytes + self.rope_bytes + later
 
     @property
     def num_tokens(self) -> int:
@@ -92,10 +105,12 @@ class MemoryPlan:
         kv_dtype: str = "float32",
         weights: str = "auto",
         kernels: str = "reference",
+        num_threads: int = 0,
         machine: MachineMemory | None = None,
     ) -> MemoryPlan:
         """Choose the number of KV pages; `config.max_context` is the longest sequence. `dtype` and
-        `weights` as in `load_model`; K and V are stored in `kv_dtype`, in the layouts of `kernels`.
+        `weights` as in `load_model`; K and V are stored in `kv_dtype`, in the layouts of `kernels`, which
+        compute on `num_threads` (0: one per core of this process).
 
         `num_pages` or `kv_memory_bytes`, where not 0, are honoured as they are. Else the pool is what
         `max_running` sequences of full length need, but at most half of what is left and `DEFAULT_KV_BYTES`,
@@ -109,12 +124,24 @@ class MemoryPlan:
         pages_per_frame = frame_bytes // page_bytes
         if num_pages and kv_memory_bytes:
             raise InvalidParameter("kv_memory_mb", kv_memory_bytes >> 20, "left out where num_pages is given")
+        rope = table_bytes(config, config.max_context)
+        building = 0
         if kernels == "native":
-            weight_size = packed_weight_bytes(config, program, dtype, weights)
+            forms = packed_weights(config, program, dtype, weights)
+            weight_size = sum(map(form_bytes, forms.values()))
+            workspace = step_bytes(
+                program,
+                forms.values(),
+                dtype=dtype,
+                kv_dtype=kv_dtype,
+                max_batch_tokens=max_batch_tokens,
+                max_context=config.max_context,
+                num_threads=num_threads or _num_cores(),
+            )
+            building = native_building_bytes(config, program, forms)
         else:
             weight_size = weight_bytes(config, program, dtype, weights)
-        rope = table_bytes(config, config.max_context)
-        workspace = workspace_bytes(config, program, max_batch_tokens)
+            workspace = workspace_bytes(config, program, max_batch_tokens)
         headroom = max(_MIN_HEADROOM, int(machine.available * _HEADROOM_SHARE))
         left = machine.available - headroom - weight_size - rope - workspace
         if kv_memory_bytes:
@@ -135,26 +162,29 @@ class MemoryPlan:
             max_context=config.max_context,
             headroom=headroom,
             machine=machine,
+            building_bytes=building,
         )
-        if plan.kv_bytes > left:
+        if plan.total_bytes > machine.available - headroom:
             raise OutOfMemory(plan._shortage(left))
         return plan
 
     def _shortage(self, left: int) -> str:
-        fixed = self.weight_bytes + self.rope_bytes + self.workspace_bytes
+        fixed = self.weight_bytes + self.rope_bytes
         text = (
             f"the model needs {show_bytes(self.total_bytes)}: {self._parts()}; "
             f"of {show_bytes(self.machine.available)} available ({self.machine.source}), "
             f"{show_bytes(self.headroom)} stay free. "
         )
         fitting = max(left, 0) // self.frame_bytes * self.pages_per_frame
-        if fitting:
+        # Fewer pages help only where the model can be built at all.
+        if fitting and fixed + self.building_bytes <= self.machine.available - self.headroom:
             cure = (
                 f"Set num_pages to at most {fitting}, kv_memory_mb to at most {max(left, 0) >> 20}, "
                 f"or max_context to at most {fitting * PAGE_SIZE}."
             )
         else:
-            needed = show_bytes(fixed + self.frame_bytes + self.headroom)
+            least = max(self.workspace_bytes + self.frame_bytes, self.building_bytes)
+            needed = show_bytes(fixed + least + self.headroom)
             cure = f"It needs {needed} available: free memory, or take a smaller model or max_batch_tokens."
         return text + cure
 
@@ -201,33 +231,54 @@ def weight_bytes(config: ModelConfig, program: Program, dtype: str = "auto", wei
 
 
 def packed_weight_bytes(config: ModelConfig, program: Program, dtype: str, weights: str = "auto") -> int:
-    """Bytes of the weights as the native backend holds them: linears, head and a tied embedding packed once,
-    an embedding of its own as stored."""
-    roles = {op.weight: weights for op in program.ops if isinstance(op, Linear)}
-    head = {program.head.weight: "int8" if weights != "auto" else "auto"}
-    total = 0
-    for spec in program.weights:
-        if spec.name in head or spec.name in roles:
-            chosen = head.get(spec.name) or roles[spec.name]
-            quantized = config.quantization is not None and spec.name not in head
-            total += packed_bytes(spec.shape, dtype if chosen == "auto" else chosen, quantized=quantized)
-        elif len(spec.shape) == 2:
-            total += math.prod(spec.shape) * (2 if config.dtype != "float32" else 4)
-        else:
-            total += math.prod(spec.shape) * 4
-    return total
+    """Bytes of the weights as the native backend holds them, exact if the checkpoint has one float type."""
+    return sum(map(form_bytes, packed_weights(config, program, dtype, weights).values()))
 
 
-def packed_bytes(shape: tuple[int, ...], dtype: str, *, quantized: bool) -> int:
-    """Bytes of a packed [out, in] weight: columns in panels of 32, depth in pairs, quads or groups of 64."""
-    columns = -(-shape[0] // 32) * 32
-    if quantized or dtype == "int4":
-        # Nibbles, and per group of 32 (the smallest) a scale and a zero point.
-        depth = -(-shape[1] // 64) * 64
-        return columns * (depth // 2 + depth // (32 if quantized else 64) * 3)
-    if dtype == "int8":
-        return columns * (-(-shape[1] // 4) * 4 + 4)
-    return columns * (-(-shape[1] // 2) * 2) * (2 if dtype == "bfloat16" else 4)
+def packed_weights(
+    config: ModelConfig, program: Program, dtype: str, weights: str = "auto"
+) -> dict[str, WeightForm]:
+    """What the native backend will hold, by name of the weight, from a checkpoint of `config`."""
+    stored = {spec.name: _stored(config, program, spec) for spec in program.weights}
+    arithmetic = "bfloat16" if dtype == "bfloat16" else "float32"
+    return expected_forms(program, arithmetic, roundings(program, cast(WeightFormat, weights)), stored)
+
+
+def _stored(config: ModelConfig, program: Program, spec: WeightSpec) -> list[tuple[str, int]]:
+    """The types of the sources of a weight; linears and the head may be stored in 4 bits, embeddings not."""
+    multiplied = {op.weight for op in program.ops if isinstance(op, Linear)} | {program.head.weight}
+    is_linear = spec.name in multiplied - {op.weight for op in program.ops if isinstance(op, Embed)}
+    quantization = config.quantization
+    return [
+        ("int4", quantization.group)
+        if is_linear and quantization is not None and quantization.converts(source.removesuffix(".weight"))
+        else (config.dtype, 0)
+        for source in spec.sources
+    ]
+
+
+def native_building_bytes(config: ModelConfig, program: Program, forms: Mapping[str, WeightForm]) -> int:
+    """Bytes that the native backend takes for a moment: a weight as it is read before it is packed, then
+    tables twice until the model has taken them over."""
+    read = max(_reading_bytes(config, program, spec) for spec in program.weights)
+    tables = sum(form_bytes(form) for form in forms.values() if form.kind == "table")
+    return max(read, tables + table_bytes(config, config.max_context))
+
+
+def _reading_bytes(config: ModelConfig, program: Program, spec: WeightSpec) -> int:
+    """Bytes of the sources of a weight that are no views of the file: 4 bits as a byte each, float32 where a
+    stack has parts of both kinds, and what is stored the other way."""
+    size = math.prod(spec.shape)
+    stored = _stored(config, program, spec)
+    groups = [group for kind, group in stored if kind == "int4"]
+    if not groups:
+        return size * (4 if config.dtype == "float32" else 2) if spec.transposed else 0
+    unpacked = size + 3 * spec.shape[0] * num_groups(spec.shape[1], groups[0])
+    return unpacked if len(groups) == len(stored) else unpacked + 4 * size
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pages_of(num_tokens: int) -> int:

@@ -67,6 +67,7 @@ def build_engine(config: Config, listener: LoadListener) -> EngineParts:
     formats = choose_formats(config, described, ops)
     if ops.kernels == "reference" and config.runtime.kernels == "auto":
         log.warning("computing on the numpy reference: %s", ops.reason)
+    threads = num_threads(config.runtime.threads)
     plan = MemoryPlan.fit(
         described.config,
         described.program,
@@ -78,9 +79,9 @@ def build_engine(config: Config, listener: LoadListener) -> EngineParts:
         kv_dtype=formats.kv_dtype,
         weights=config.model.weights,
         kernels=formats.kernels,
+        num_threads=threads,
     )
     listener.plan(plan.render())
-    threads = num_threads(config.runtime.threads)
     pool = thread_pool(threads) if formats.kernels == "native" else None
     model = _load(config, directory, described, formats, pool, listener)
     executor = LocalExecutor(

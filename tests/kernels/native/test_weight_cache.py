@@ -186,13 +186,15 @@ def test_a_sound_header_that_does_not_fit(
     reseal(path, lambda header: None)
     assert cache.load("a", NO_SOURCES) is not None
     reseal(path, HEADERS[name])
-    allocated: list[WeightForm] = []
-    allocate = weight_cache.allocate
-    monkeypatch.setattr(weight_cache, "allocate", lambda form: allocated.append(form) or allocate(form))
+    made: list[WeightForm] = []
+    assemble = weight_cache.assemble
+    monkeypatch.setattr(
+        weight_cache, "assemble", lambda form, parts: made.append(form) or assemble(form, parts)
+    )
     with caplog.at_level(logging.WARNING):
         assert cache.load("a", NO_SOURCES) is None
     assert caplog.text.count("is not used") == 1
-    assert not allocated or name in ("parts of another size", "a part is missing")
+    assert not made or name in ("parts of another size", "a part is missing")
 
 
 def test_another_program_finds_nothing(tmp_path: Path, pool: Any) -> None:
@@ -210,10 +212,10 @@ def test_another_program_finds_nothing(tmp_path: Path, pool: Any) -> None:
 def test_memory_that_runs_out_is_no_end(tmp_path: Path, pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, _ = kept(tmp_path, pool)
 
-    def fail(form: WeightForm) -> Any:
+    def fail(form: WeightForm, parts: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(weight_cache, "allocate", fail)
+    monkeypatch.setattr(weight_cache, "assemble", fail)
     assert cache.load("a", NO_SOURCES) is None
 
 

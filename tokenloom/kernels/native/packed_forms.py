@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenloom.kernels.native import extension
-from tokenloom.kernels.native.weights import INT4_GROUP, PackedTable
+from tokenloom.kernels.native.weights import INT4_GROUP, PackedTable, shrinks
 from tokenloom.kernels.program import Embed, Linear, Program
 
 Sources = Mapping[str, Sequence[tuple[str, int]]]
@@ -47,12 +47,12 @@ def expected_forms(
         if name not in sources:
             continue
         stored = sources[name]
-        if name in multiplied:
+        types = {kind for kind, _ in stored}
+        if name in multiplied or (name in tables and shrinks(types, roundings.get(name), dtype)):
             number, group = _product_format(stored, roundings.get(name, dtype))
             forms[name] = WeightForm("packed", number, spec.shape, name in paired, group)
         elif name in tables:
-            as_stored = len(stored) == 1 and stored[0][0] in _TYPES and name not in roundings
-            forms[name] = WeightForm("table", stored[0][0] if as_stored else "float32", spec.shape)
+            forms[name] = WeightForm("table", types.pop() if len(types) == 1 else "float32", spec.shape)
         else:
             forms[name] = WeightForm("vector", "float32", spec.shape)
     return forms
@@ -74,12 +74,15 @@ def form_of(weight: Any) -> WeightForm:
     return WeightForm(kind, values.dtype.name, values.shape)
 
 
-def allocate(form: WeightForm) -> Any:
-    """A weight of the form, to be filled. Raises ValueError for a form that no weight has."""
+def assemble(form: WeightForm, parts: Sequence[NDArray[np.uint8]]) -> Any:
+    """The weight of the form whose `byte_parts` these are; it keeps them. Raises ValueError where they do not
+    fit."""
     if form.kind == "packed":
         rows, depth = form.shape
-        return extension.load().empty_weight(form.format, form.paired, rows, depth, form.group)
-    values = np.empty(form.shape, _TYPES[form.format])
+        data, scales = parts
+        return extension.load().view_weight(form.format, form.paired, rows, depth, form.group, data, scales)
+    (part,) = parts
+    values = part.view(_TYPES[form.format]).reshape(form.shape)
     return PackedTable(values) if form.kind == "table" else values
 
 

@@ -1,4 +1,4 @@
-"""Packed weights on disk, so that the next start reads instead of packing.
+"""Packed weights on disk, which the next start maps instead of packing: engines on one machine share them.
 
 ```
 | magic, 8 | N, 8 | digest, 16 | JSON, N bytes | padding to 4096 | data, each part padded to 4096 |
@@ -7,7 +7,7 @@ A file is found by its key (checkpoint, formats, layout version), written beside
 used only if it holds exactly what this start would pack: the JSON has a digest, names and forms are compared
 with the program's, the sizes must add up to the file's before anything is allocated, and every part has a
 digest. Anything else counts as absent. The digests notice damage, not forgery: who can write to the directory
-can change the weights.
+can change the weights. A file in use may be removed or replaced, but not cut short.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ import fcntl
 import hashlib
 import itertools
 import logging
+import mmap
 import os
 import re
 import secrets
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Final, cast
+from typing import Annotated, Any, BinaryIO, Final
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from tokenloom.errors import InvalidParameter
 from tokenloom.kernels.native import extension
-from tokenloom.kernels.native.packed_forms import Sources, WeightForm, allocate, byte_parts, form_of
+from tokenloom.kernels.native.packed_forms import Sources, WeightForm, assemble, byte_parts, form_of
 
 log = logging.getLogger(__name__)
 
@@ -158,16 +158,17 @@ class WeightCache:
             != size
         ):
             raise ValueError("the sizes of its parts do not add up to its own")
+        mapped = np.frombuffer(mmap.mmap(file, size, access=mmap.ACCESS_READ), np.uint8)
         weights: dict[str, Any] = {}
         for entry in header.weights:
-            weight = weights[entry.name] = allocate(entry.form)
-            for part, out in zip(entry.parts, byte_parts(weight), strict=True):
-                if len(out) != part.num_bytes:
-                    raise ValueError(f"{entry.name} has another size")
-                _read_fully(file, position, out)
-                if self._native.digest(self._pool, out) != part.digest:
+            parts = []
+            for part in entry.parts:
+                parts.append(mapped[position : position + part.num_bytes])
+                # This also brings the pages in, on all threads.
+                if self._native.digest(self._pool, parts[-1]) != part.digest:
                     raise ValueError(f"{entry.name} is damaged (its digest differs)")
                 position += _aligned(part.num_bytes)
+            weights[entry.name] = assemble(entry.form, parts)
         return weights
 
 
@@ -224,16 +225,6 @@ def _read_header(file: int, size: int) -> tuple[_Header, int]:
     if _header_digest(header) != prefix[16:]:
         raise ValueError("its header is damaged (the digest differs)")
     return _decode_header(header), _aligned(_PREFIX + length)
-
-
-def _read_fully(file: int, position: int, out: NDArray[np.uint8]) -> None:
-    done = 0
-    while done < len(out):
-        # A buffer of uint8 is writable memory, whatever the stubs say.
-        count = os.preadv(file, [cast(Any, out[done:].data)], position + done)
-        if count == 0:
-            raise ValueError("the file is cut short")
-        done += count
 
 
 # --- unfinished files ------------------------------------------------------------------------------------

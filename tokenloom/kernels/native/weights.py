@@ -7,7 +7,7 @@ all threads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,10 +24,12 @@ INT4_GROUP = 64
 
 Rounding = Literal["int8", "int4"]
 
+_FLOATS = {"float32", "float16", "bfloat16"}
+
 
 @dataclass(frozen=True, slots=True)
 class PackedTable:
-    """An embedding that no product reads: rows [V, width] of float32, bfloat16 or float16."""
+    """An embedding that no product reads, as stored: rows [V, width] of float32, bfloat16 or float16."""
 
     values: NDArray[Any]
 
@@ -63,15 +65,20 @@ class WeightPacker:
         """The packed form of one weight: a native PackedWeight, a `PackedTable`, or float32 [n] for vectors.
 
         `sources` are arrays or quantised matrices that are stacked along axis 0 to `spec.shape`; a transposed
-        spec's are turned already.
+        spec's are turned already. Raises ValueError for values that the format cannot hold: not finite ones
+        and groups that are too wide where they are rounded to 8 or 4 bits, too large ones for bfloat16, and
+        integers outside their range.
         """
         if spec.name in self._multiplied:
-            return self._linear(spec, sources)
-        if spec.name in self._tables:
-            return PackedTable(self._table(spec, sources))
-        return np.concatenate([_float32(source) for source in sources])
+            return self._matrix(spec, sources)
+        if spec.name not in self._tables:
+            return np.concatenate([_float32(source) for source in sources])
+        types = {source.dtype.name if isinstance(source, np.ndarray) else "quantized" for source in sources}
+        if shrinks(types, self._roundings.get(spec.name), self._plain):
+            return self._matrix(spec, sources)
+        return PackedTable(_stacked(sources))
 
-    def _linear(self, spec: WeightSpec, sources: Sequence[Any]) -> Any:
+    def _matrix(self, spec: WeightSpec, sources: Sequence[Any]) -> Any:
         paired = spec.name in self._paired
         quantized = [not isinstance(source, np.ndarray) for source in sources]
         if all(quantized):
@@ -100,10 +107,21 @@ class WeightPacker:
             self._pool, [q for q, _, _ in parts], scales, [z for _, _, z in parts], paired, groups.pop()
         )
 
-    def _table(self, spec: WeightSpec, sources: Sequence[Any]) -> NDArray[Any]:
-        if len(sources) == 1 and isinstance(sources[0], np.ndarray) and spec.name not in self._roundings:
-            return sources[0].copy()
-        return np.concatenate([_float32(source) for source in sources])
+
+def shrinks(types: Set[str], rounding: str | None, dtype: str) -> bool:
+    """Whether an embedding that no product reads is packed all the same, as that holds the values in use
+    in fewer bytes: where it is rounded, or wider than arithmetic in `dtype`. `types` are those of its sources."""
+    if rounding is not None or not types <= _FLOATS:
+        return True
+    return dtype == "bfloat16" and "float32" in types
+
+
+def _stacked(sources: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """A copy of the rows of all sources, in their own type where they have one in common."""
+    arrays = [_contiguous(source) for source in sources]
+    if len({array.dtype for array in arrays}) > 1:
+        arrays = [_float32(array) for array in arrays]
+    return np.concatenate(arrays)
 
 
 def _contiguous(array: NDArray[Any]) -> NDArray[Any]:
