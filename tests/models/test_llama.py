@@ -37,7 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "multi-head": {"num_heads": 3, "num_kv_heads": 3, "head_dim": 16, "hidden_size": 48},
     "multi-query": {"num_heads": 6, "num_kv_heads": 1, "head_dim": 8, "hidden_size": 48},
     "wide heads": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 80, "vocab_size": 257},
-    "biases": {"attention_bias": True, "mlp_bias": True, "num_layers": 1},
+    "biases": {"attention_bias": True, "output_bias": True, "mlp_bias": True, "num_layers": 1},
     "larger": {
         "hidden_size": 256,
         "intermediate_size": 704,

@@ -226,9 +226,33 @@ class ProgramBuilder:
         self._ops.append(Linear(source, weight, out, bias, epilogue))
         return out
 
-    def rope_store(self, source: str, out: str, *, layer: int, num_heads: int, rotary_dim: int) -> str:
+    def rope_store(
+        self,
+        source: str,
+        out: str,
+        *,
+        layer: int,
+        num_heads: int,
+        rotary_dim: int,
+        norms: tuple[str, str] | None = None,
+        epsilon: float = 0.0,
+    ) -> str:
+        """`norms` are the weights of the norms of q and k, of this `epsilon`."""
+        q_norm, k_norm = norms or (None, None)
+        kv = self._kv
         self._ops.append(
-            RopeStore(source, out, layer, num_heads, self._kv.num_kv_heads, self._kv.head_dim, rotary_dim)
+            RopeStore(
+                source,
+                out,
+                layer,
+                num_heads,
+                kv.num_kv_heads,
+                kv.head_dim,
+                rotary_dim,
+                q_norm,
+                k_norm,
+                epsilon,
+            )
         )
         return out
 

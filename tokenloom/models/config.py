@@ -44,6 +44,10 @@ class ModelConfig:
     `max_context` is the number of tokens that the model can be served with (after RoPE scaling rules).
     `eos_token_ids` come from generation_config.json where present, else from config.json. `dtype` is that of
     the checkpoint. `quantization` says how its linears are stored if they are quantised.
+
+    `attention_bias` is that of q, k and v, `output_bias` that of the projection behind attention. `qk_norm`: an
+    RMSNorm over each head of q and k. `windows` has one entry per layer, the number of last tokens that it
+    sees or None for all; empty: all layers see all.
     """
 
     family: str
@@ -59,11 +63,18 @@ class ModelConfig:
     rope: RopeConfig
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    output_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantization: WeightQuantization | None = None
+
+    def window(self, layer: int) -> int | None:
+        """How many of the last tokens a layer sees; None: all."""
+        return self.windows[layer] if self.windows else None
 
     @property
     def q_size(self) -> int:

@@ -16,7 +16,9 @@ from typing import Any, Literal, cast
 
 from tokenloom.errors import ModelError
 from tokenloom.models.config import ModelConfig, RopeConfig, RopeKind
+from tokenloom.models.family import Family
 from tokenloom.models.json_fields import Fields, is_number, read_json, shorten
+from tokenloom.models.registry import FAMILIES
 from tokenloom.quantization.config import parse_quantization
 
 CONFIG_FILE = "config.json"
@@ -30,7 +32,6 @@ MAX_HEADS = 1 << 14
 MAX_HEAD_DIM = 1 << 10
 MAX_CONTEXT = 1 << 26
 
-FAMILIES = {"llama": "LlamaForCausalLM"}
 _DTYPES = ("float32", "bfloat16", "float16")
 _ROPE_KINDS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 _MIN_FACTOR = 1e-6
@@ -95,6 +96,7 @@ def read_generation_defaults(directory: str | Path) -> GenerationDefaults:
 def parse_config(data: Mapping[str, Any]) -> ModelConfig:
     """`data`, the object of a config.json, as a `ModelConfig`. Raises `ModelError` as `read_config` does."""
     family = _family(data)
+    data = {**family.defaults, **data}
     written = Fields(data, CONFIG_FILE)
     _refuse_unsupported(written)
     hidden_size = written.integer("hidden_size", 1, MAX_WIDTH)
@@ -106,13 +108,13 @@ def parse_config(data: Mapping[str, Any]) -> ModelConfig:
     if num_heads * head_dim > MAX_WIDTH:
         written.refuse("num_attention_heads", f"num_attention_heads * head_dim of at most {MAX_WIDTH}")
     context = written.integer("max_position_embeddings", 2, MAX_CONTEXT, default=2048)
-    rope = _rope(data, head_dim, context)
+    rope = _rope(data, _rotary_dim(data, head_dim, family), context, family.rope_kinds)
     vocab_size = written.integer("vocab_size", 1, MAX_VOCAB)
     bos = written.token_ids("bos_token_id", vocab_size) or (None,)
     if len(bos) > 1:
         written.refuse("bos_token_id", "one token id")
-    return ModelConfig(
-        family=family,
+    config = ModelConfig(
+        family=family.model_type,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=written.integer("intermediate_size", 1, MAX_WIDTH),
@@ -124,13 +126,12 @@ def parse_config(data: Mapping[str, Any]) -> ModelConfig:
         rms_norm_eps=written.number("rms_norm_eps", 1e-20, 1, default=1e-6),
         rope=rope,
         tie_word_embeddings=written.flag("tie_word_embeddings", False),
-        attention_bias=written.flag("attention_bias", False),
-        mlp_bias=written.flag("mlp_bias", False),
         bos_token_id=bos[0],
         eos_token_ids=written.token_ids("eos_token_id", vocab_size) or (),
         dtype=_dtype(written),
         quantization=parse_quantization(data, CONFIG_FILE),
     )
+    return family.read(written, config)
 
 
 def _read(directory: Path, name: str, *, required: bool) -> dict[str, Any]:
@@ -144,20 +145,20 @@ def _read(directory: Path, name: str, *, required: bool) -> dict[str, Any]:
     return read_json(path)
 
 
-def _family(data: Mapping[str, Any]) -> str:
-    """The family name; both `model_type` and, where present, `architectures` must say it."""
-    supported = ", ".join(f"{name} (model_type {family!r})" for family, name in FAMILIES.items())
+def _family(data: Mapping[str, Any]) -> Family:
+    """The family; both `model_type` and, where present, `architectures` must say it."""
+    supported = ", ".join(f"{f.architecture} (model_type {f.model_type!r})" for f in FAMILIES.values())
     architectures, model_type = data.get("architectures"), data.get("model_type")
     if not isinstance(model_type, str):
         raise ModelError(f"{CONFIG_FILE}: model_type = {shorten(model_type)}", supported)
-    expected = FAMILIES.get(model_type)
-    if architectures is None and expected is not None:
-        return model_type
-    if expected is None or not isinstance(architectures, list) or expected not in architectures:
+    family = FAMILIES.get(model_type)
+    if architectures is None and family is not None:
+        return family
+    if family is None or not isinstance(architectures, list) or family.architecture not in architectures:
         raise ModelError(
             f"architectures {shorten(architectures)} with model_type {shorten(model_type)}", supported
         )
-    return model_type
+    return family
 
 
 def _refuse_unsupported(written: Fields) -> None:
@@ -165,8 +166,19 @@ def _refuse_unsupported(written: Fields) -> None:
     if data.get("hidden_act", "silu") != "silu":
         written.refuse("hidden_act", "'silu'")
     # pretraining_tp is left alone: it split one product into several for training and means the same sum.
-    if data.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
-        written.refuse("partial_rotary_factor", "1 (every dimension of a head rotates)")
+
+
+def _rotary_dim(data: Mapping[str, Any], head_dim: int, family: Family) -> int:
+    """How many leading dimensions of a head rotate. The factor stands beside the rope object or within."""
+    name, inner = _rope_object(data)
+    source = inner if inner.data.get("partial_rotary_factor") is not None else Fields(data, CONFIG_FILE)
+    factor = source.number("partial_rotary_factor", 0, 1, default=1.0, above=True)
+    rotary_dim = int(head_dim * factor)
+    if not family.partial_rotary and rotary_dim != head_dim:
+        source.refuse("partial_rotary_factor", "1 (every dimension of a head rotates)")
+    if rotary_dim < 2 or rotary_dim % 2:
+        source.refuse("partial_rotary_factor", f"a factor that leaves an even part of head_dim {head_dim}")
+    return rotary_dim
 
 
 def _head_dim(written: Fields, hidden_size: int, num_heads: int) -> int:
@@ -198,35 +210,41 @@ def _dtype(written: Fields) -> Literal["float32", "bfloat16", "float16"]:
     return cast(Literal["float32", "bfloat16", "float16"], value)
 
 
-def _rope(data: Mapping[str, Any], head_dim: int, context: int) -> RopeConfig:
-    """The rotary embedding. As in transformers, a non-empty `rope_scaling` wins over `rope_parameters`, and a
-    `rope_theta` inside of it over the one beside it."""
+def _rope_object(data: Mapping[str, Any]) -> tuple[str, Fields]:
+    """Name and fields of what describes the rotary embedding. As in transformers, a non-empty `rope_scaling`
+    wins over `rope_parameters`."""
     name = "rope_scaling" if data.get("rope_scaling") else "rope_parameters"
     found = data.get(name)
     if found is None:
         found = {}
     if not isinstance(found, dict):
         Fields(data, CONFIG_FILE).refuse(name, "an object with rope_type")
-    inner = Fields(found, CONFIG_FILE, prefix=name + ".")
+    return name, Fields(found, CONFIG_FILE, prefix=name + ".")
+
+
+def _rope(data: Mapping[str, Any], rotary_dim: int, context: int, kinds: Mapping[str, str]) -> RopeConfig:
+    """The rotary embedding. A `rope_theta` inside of the rope object wins over the one beside it; `kinds` are
+    other names of rope types."""
+    name, inner = _rope_object(data)
+    found = inner.data
     type_name = "rope_type" if "rope_type" in found else "type"
     kind = found.get(type_name, "default")
+    kind = kinds.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in _ROPE_KINDS or any(isinstance(value, dict) for value in found.values()):
         raise ModelError(
             f"{CONFIG_FILE}: {name} = {shorten(found)}", "one rope_type of " + ", ".join(_ROPE_KINDS)
         )
-    if found.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
-        inner.refuse("partial_rotary_factor", "1 (every dimension of a head rotates)")
     source = inner if found.get("rope_theta") is not None else Fields(data, CONFIG_FILE)
     theta = source.number("rope_theta", 1, 1e15, default=10000.0, above=True)
     if kind == "default":
-        return RopeConfig(theta=theta, rotary_dim=head_dim)
+        return RopeConfig(theta=theta, rotary_dim=rotary_dim)
     original = _original_context(data, inner, kind, context)
     factor = _factor(inner, kind, context, original)
-    extra = _KIND_FIELDS[kind](inner, head_dim) if kind in _KIND_FIELDS else {}
+    extra = _KIND_FIELDS[kind](inner, rotary_dim) if kind in _KIND_FIELDS else {}
     return RopeConfig(
         kind=cast(RopeKind, kind),
         theta=theta,
-        rotary_dim=head_dim,
+        rotary_dim=rotary_dim,
         factor=factor,
         original_context=original,
         **extra,
@@ -256,7 +274,7 @@ def _factor(inner: Fields, kind: str, context: int, original: int | None) -> flo
     return inner.number("factor", 1, _MAX_FACTOR)
 
 
-def _llama3_fields(inner: Fields, head_dim: int) -> dict[str, Any]:
+def _llama3_fields(inner: Fields, rotary_dim: int) -> dict[str, Any]:
     low = inner.number("low_freq_factor", _MIN_FACTOR, _MAX_FACTOR)
     high = inner.number("high_freq_factor", _MIN_FACTOR, _MAX_FACTOR)
     if high <= low:
@@ -264,7 +282,7 @@ def _llama3_fields(inner: Fields, head_dim: int) -> dict[str, Any]:
     return {"low_freq_factor": low, "high_freq_factor": high}
 
 
-def _yarn_fields(inner: Fields, head_dim: int) -> dict[str, Any]:
+def _yarn_fields(inner: Fields, rotary_dim: int) -> dict[str, Any]:
     # transformers takes the default of beta_fast and beta_slow for 0 as well as for null.
     fast = inner.number("beta_fast", _MIN_FACTOR, _MAX_FACTOR) if inner.data.get("beta_fast") else 32.0
     slow = inner.number("beta_slow", _MIN_FACTOR, _MAX_FACTOR) if inner.data.get("beta_slow") else 1.0
@@ -280,21 +298,21 @@ def _yarn_fields(inner: Fields, head_dim: int) -> dict[str, Any]:
     }
 
 
-def _dynamic_fields(inner: Fields, head_dim: int) -> dict[str, Any]:
-    if head_dim <= 2:
-        raise ModelError(f"{CONFIG_FILE}: rope type 'dynamic' with head_dim {head_dim}", "a head_dim above 2")
+def _dynamic_fields(inner: Fields, rotary_dim: int) -> dict[str, Any]:
+    if rotary_dim <= 2:
+        raise ModelError(f"{CONFIG_FILE}: rope type 'dynamic' with {rotary_dim} rotating dimensions", "more than 2")
     return {}
 
 
-def _longrope_fields(inner: Fields, head_dim: int) -> dict[str, Any]:
+def _longrope_fields(inner: Fields, rotary_dim: int) -> dict[str, Any]:
     short = inner.data.get("short_factor")
     if (
         not isinstance(short, list)
-        or len(short) != head_dim // 2
+        or len(short) != rotary_dim // 2
         or not all(is_number(value) and _MIN_FACTOR <= value <= _MAX_FACTOR for value in short)
     ):
         inner.refuse(
-            "short_factor", f"a list of {head_dim // 2} numbers from {_MIN_FACTOR:g} to {_MAX_FACTOR:g}"
+            "short_factor", f"a list of {rotary_dim // 2} numbers from {_MIN_FACTOR:g} to {_MAX_FACTOR:g}"
         )
     return {
         "short_factor": tuple(float(value) for value in short),

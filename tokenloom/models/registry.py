@@ -1,22 +1,26 @@
-"""The model families that can be served: which function builds the forward pass of which."""
+"""The model families that can be served."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from tokenloom.errors import ModelError
 from tokenloom.kernels.program import Program
-from tokenloom.models import llama
 from tokenloom.models.config import ModelConfig
+from tokenloom.models.family import Family
+from tokenloom.models.llama import LLAMA
+from tokenloom.models.mistral import MISTRAL
+from tokenloom.models.phi3 import PHI3
+from tokenloom.models.qwen import QWEN2, QWEN3
 
-Builder = Callable[[ModelConfig], Program]
-
-BUILDERS: Mapping[str, Builder] = {"llama": llama.build}
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3)
+}
 
 
 def build_program(config: ModelConfig) -> Program:
     """The forward pass of `config.family`. Raises `ModelError` for an unknown family."""
-    builder = BUILDERS.get(config.family)
-    if builder is None:
-        raise ModelError(f"model family {config.family!r}", ", ".join(sorted(BUILDERS)))
-    return builder(config)
+    family = FAMILIES.get(config.family)
+    if family is None:
+        raise ModelError(f"model family {config.family!r}", ", ".join(sorted(FAMILIES)))
+    return family.build(config)

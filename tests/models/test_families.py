@@ -1,0 +1,150 @@
+"""Each family against the implementation of transformers, in fp32, and against itself in other formats.
+
+A family is one line of `FAMILIES`: the name of its classes in transformers, and options that exercise what is its
+own. The models are small and random.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tests.kernels.harness import (
+    NATIVE,
+    Entry,
+    Numerics,
+    Run,
+    each_numerics,
+    make_batch,
+    page_bytes_of,
+    prepared,
+    step,
+)
+from tokenloom.engine.batch import PAGE_SIZE
+from tokenloom.models import hf_config, registry
+from tokenloom.models.rope import rope_tables
+from tokenloom.runtime.local import LocalExecutor
+
+torch = pytest.importorskip("torch", reason="torch is the oracle here")
+transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
+
+LENGTH = 200
+SMALL = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("Mistral", {"sliding_window": 37}),
+    "mistral, no window": ("Mistral", {"sliding_window": None, "head_dim": 20}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2, windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 50, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
+    "phi3": ("Phi3", {"sliding_window": 130}),
+    "phi3, partial": ("Phi3", {"hidden_size": 64, "partial_rotary_factor": 0.75}),
+}
+
+
+@functools.cache
+def theirs(name: str) -> Any:
+    """The model of transformers, its norms and biases shaken out of their ones and zeros."""
+    kind, options = FAMILIES[name]
+    config = getattr(transformers, f"{kind}Config")(**(SMALL | options))
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key or key.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval()
+
+
+@functools.cache
+def tokens(name: str) -> list[int]:
+    return np.random.default_rng(1).integers(0, SMALL["vocab_size"], LENGTH).tolist()
+
+
+@functools.cache
+def expected(name: str) -> NDArray[np.float32]:
+    with torch.no_grad():
+        logits: NDArray[np.float32] = theirs(name)(torch.tensor([tokens(name)])).logits[0].numpy()
+    return logits
+
+
+def ours(name: str, numerics: Numerics) -> LocalExecutor:
+    """Built from the files that transformers writes."""
+    model = theirs(name)
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        config = hf_config.read_config(folder)
+    program = registry.build_program(config)
+    state = {key: tensor.detach().numpy() for key, tensor in model.state_dict().items()}
+    weights = {spec.name: np.concatenate([state[key] for key in spec.sources]) for spec in program.weights}
+    return LocalExecutor(
+        program,
+        prepared(program, weights, numerics),
+        rope_tables(config),
+        num_frames=20,
+        frame_bytes=page_bytes_of(program, numerics),
+        pages_per_frame=1,
+        dtype=numerics.dtype,
+        kv_dtype=numerics.kv_dtype,
+        num_threads=2,
+        kernels=numerics.kernels,
+        isa=numerics.isa,
+    )
+
+
+def logits_of(executor: LocalExecutor, text: list[int], chunks: list[int]) -> NDArray[np.float32]:
+    """Teacher-forced logits [n, vocabulary], the text cut into chunks of these lengths in turn."""
+    pages = list(range(19, 19 - len(text) // PAGE_SIZE - 1, -1))
+    found, start = [], 0
+    while start < len(text):
+        end = min(start + chunks[len(found) % len(chunks)], len(text))
+        rows = np.arange(end - start, dtype=np.int32)
+        step(executor, make_batch([Run(text, start, end, pages)], [Entry(int(row)) for row in rows]))
+        found.append(
+            np.concatenate(
+                [executor.backend.logits(rows[i : i + 64]).copy() for i in range(0, len(rows), 64)]
+            )
+        )
+        start = end
+    return np.concatenate(found)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@each_numerics(Numerics(), NATIVE[0])
+def test_logits_equal_those_of_transformers(name: str, numerics: Numerics) -> None:
+    """Prompt chunks, then single rows."""
+    found = logits_of(ours(name, numerics), tokens(name), [90, 70, *[1] * 20])
+    assert np.abs(expected(name)).max() > 1
+    np.testing.assert_allclose(found, expected(name), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@each_numerics(*NATIVE[1:])
+def test_formats_stay_near_and_do_not_depend_on_chunks(name: str, numerics: Numerics) -> None:
+    whole = logits_of(ours(name, numerics), tokens(name), [LENGTH])
+    assert (logits_of(ours(name, numerics), tokens(name), [33, 1, 64, 1, 1, 16]) == whole).all()
+    bound = 0.3 if numerics.weights == "int4" else 0.06
+    assert np.abs(whole - expected(name)).mean() < bound * np.abs(expected(name)).mean()
+
+
+def test_every_family_is_here() -> None:
+    kinds = {kind for kind, _ in FAMILIES.values()}
+    assert {family.architecture for family in registry.FAMILIES.values()} == {f"{k}ForCausalLM" for k in kinds}

@@ -1,0 +1,52 @@
+"""What a model family brings: the fields of config.json that are its own, and its forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokenloom.kernels.program import Program
+from tokenloom.models.config import ModelConfig
+from tokenloom.models.json_fields import Fields
+
+Read = Callable[[Fields, ModelConfig], ModelConfig]
+Build = Callable[[ModelConfig], Program]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One `model_type` of Hugging Face.
+
+    `defaults` are values that transformers gives to absent fields where they differ from Llama's; a field that
+    is null counts as written. `read` completes what the common fields gave, and refuses by name what the family
+    does not offer. `partial_rotary`: `partial_rotary_factor` may be below 1. `rope_kinds` are its own names of
+    rope types.
+    """
+
+    model_type: str
+    architecture: str
+    build: Build
+    read: Read
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    partial_rotary: bool = False
+    rope_kinds: Mapping[str, str] = field(default_factory=dict)
+
+
+def sliding_layers(written: Fields, config: ModelConfig, first: int) -> tuple[int | None, ...]:
+    """The window of each layer: `layer_types` says which ones slide, without it all from `first` on.
+
+    Empty where nothing slides. Raises `ModelError`.
+    """
+    window = written.optional_integer("sliding_window", 1, 1 << 26)
+    if window is None:
+        return ()
+    kinds = written.data.get("layer_types")
+    if kinds is None:
+        kinds = ["full_attention"] * first + ["sliding_attention"] * (config.num_layers - first)
+        kinds = kinds[: config.num_layers]
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != config.num_layers or any(k not in known for k in kinds):
+        written.refuse("layer_types", f"{config.num_layers} of full_attention and sliding_attention")
+    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return windows if any(windows) else ()
