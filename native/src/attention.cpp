@@ -61,6 +61,7 @@ void AttentionPlan::build(const Batch& batch, const KVPool& pool, const Attentio
     head_dim = layout.head_dim;
     dim16 = static_cast<int32_t>(layout.dim16);
     window = shape.window;
+    softcap = shape.softcap;
     head_bytes = layout.head_bytes();
     layer_bytes = head_bytes * layout.num_kv_heads;
     k_bytes = layout.k_bytes;

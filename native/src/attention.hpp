@@ -22,6 +22,7 @@ struct AttentionShape {
     float scale;
     int32_t window;  // a row sees its last `window` keys, itself included; 0: all
     int32_t layer;
+    float softcap;   // c: a score s becomes c * tanh(s / c); 0: none
 };
 
 // Keys of a tree row that do not lie where the page table says.
@@ -66,6 +67,7 @@ struct AttentionTables {
     int32_t group;                   // query heads per KV head
     int32_t head_dim, dim16;
     int32_t window;
+    float softcap;
     int64_t head_bytes, layer_bytes; // from head to head and from layer to layer of a page
     int64_t k_bytes, v_bytes;
     int64_t max_tiles;               // of any block

@@ -36,7 +36,8 @@ Epilogue find_epilogue(const std::string& name) {
     if (name == "none") return Epilogue::none;
     if (name == "silu_mul") return Epilogue::silu_mul;
     if (name == "residual") return Epilogue::residual;
-    refuse("epilogue " + name + " is none of none, silu_mul, residual");
+    if (name == "gelu_mul") return Epilogue::gelu_mul;
+    refuse("epilogue " + name + " is none of none, silu_mul, gelu_mul, residual");
 }
 
 template <class A>
@@ -85,21 +86,22 @@ class PackedLinear {
 
     // The product of x (float32 or uint16 [rows, k]) and the panels [begin, end), written into `out`.
     void linear(const Array& x, const Output& out, const std::string& isa, std::optional<Vector> bias,
-                std::optional<Rows> delta, const std::string& epilogue, int64_t begin,
+                std::optional<Rows> delta, const std::string& epilogue, float scale, int64_t begin,
                 std::optional<int64_t> end) const {
         const PackedMatrix& m = weight_.matrix;
         const LinearKernels& kernels = linear_kernels_for(find_isa(isa));
         LinearCall call{};
         call.weight = &m;
         call.epilogue = find_epilogue(epilogue);
-        if (call.epilogue == Epilogue::silu_mul && !m.paired) refuse("epilogue silu_mul needs a paired weight");
+        if (is_paired(call.epilogue) && !m.paired) refuse("epilogue " + epilogue + " needs a paired weight");
+        call.scale = scale;
         Source source(x, m.k);
         if (m.format == Format::f32 && source.dtype != Dtype::f32) refuse("x must be float32 for an f32 weight");
         if (m.format == Format::bf16 && source.dtype != Dtype::bf16) refuse("x must be uint16 for a bf16 weight");
         call.rows = source.rows;
         call.source = source.memory.data();
         call.source_stride = source.stride;
-        const int64_t width = call.epilogue == Epilogue::silu_mul ? m.n / 2 : m.n;
+        const int64_t width = is_paired(call.epilogue) ? m.n / 2 : m.n;
         if (out.ndim() != 2 || static_cast<int64_t>(out.shape(0)) != call.rows ||
             static_cast<int64_t>(out.shape(1)) != width || out.stride(1) != 1 || out.stride(0) < width)
             refuse("out must be a matrix of a row per row of x and a column per result, rows contiguous");
@@ -263,7 +265,7 @@ void bind_linear(nb::module_& m) {
         .def_prop_ro("panels", [](const PackedLinear& p) { return p.matrix().panels; })
         .def_prop_ro("nbytes", [](const PackedLinear& p) { return packed_bytes(p.matrix()); })
         .def("linear", &PackedLinear::linear, nb::arg("x"), nb::arg("out"), nb::arg("isa") = "",
-             nb::arg("bias") = nb::none(), nb::arg("delta") = nb::none(), nb::arg("epilogue") = "none",
+             nb::arg("bias") = nb::none(), nb::arg("delta") = nb::none(), nb::arg("epilogue") = "none", nb::arg("scale") = 1.0f,
              nb::arg("begin") = 0, nb::arg("end") = nb::none())
         .def("quantize", &PackedLinear::quantize, nb::arg("x"), nb::arg("isa") = "")
         .def("unpack", &PackedLinear::unpack, nb::arg("row"));

@@ -64,6 +64,7 @@ Epilogue epilogue_of(const std::string& name) {
     if (name == "none") return Epilogue::none;
     if (name == "silu_mul") return Epilogue::silu_mul;
     if (name == "residual") return Epilogue::residual;
+    if (name == "gelu_mul") return Epilogue::gelu_mul;
     refuse("epilogue " + name);
 }
 
@@ -250,19 +251,20 @@ void bind_model(nb::module_& m) {
                  self.set_kv(kv_format(format), layers, heads, dim, frames, frame_bytes, pages_per_frame);
              })
         .def("rope",
-             [](Model& self, Array<float> cos, Array<float> sin) {
-                 if (cos.ndim() != 2 || sin.ndim() != 2) refuse("rope tables must have two dimensions");
+             [](Model& self, Array<float> cos, Array<float> sin, int64_t tables) {
+                 if (cos.ndim() != 2 || sin.ndim() != 2 || tables < 1 || cos.shape(0) % static_cast<size_t>(tables))
+                     refuse("rope tables must have two dimensions, of which the first is all tables'");
                  self.set_rope(std::vector<float>(cos.data(), cos.data() + cos.size()),
                                std::vector<float>(sin.data(), sin.data() + sin.size()),
-                               static_cast<int64_t>(cos.shape(0)), static_cast<int64_t>(cos.shape(1)));
+                               static_cast<int64_t>(cos.shape(0)) / tables, static_cast<int64_t>(cos.shape(1)), tables);
              })
-        .def("embed", &Model::add_embed_packed, nb::arg("weight"), nb::arg("out"))
+        .def("embed", &Model::add_embed_packed, nb::arg("weight"), nb::arg("out"), nb::arg("scale"))
         .def("embed_table",
-             [](Model& self, Anything table, const std::string& dtype, int out) {
+             [](Model& self, Anything table, const std::string& dtype, int out, float scale) {
                  if (table.ndim() != 2) refuse("an embedding table must have two dimensions");
                  const uint8_t* bytes = static_cast<const uint8_t*>(table.data());
                  self.add_embed_table(std::vector<uint8_t>(bytes, bytes + table.nbytes()), table_dtype(dtype),
-                                      static_cast<int64_t>(table.shape(0)), out);
+                                      static_cast<int64_t>(table.shape(0)), out, scale);
              })
         .def("rms_norm",
              [](Model& self, int source, int add, Array<float> weight, int out, float epsilon) {
@@ -270,21 +272,22 @@ void bind_model(nb::module_& m) {
              })
         .def("linear",
              [](Model& self, int source, Weight weight, int out, std::optional<Array<float>> bias,
-                const std::string& epilogue, int delta) {
-                 self.add_linear(source, std::move(weight), out, vector_of(bias), epilogue_of(epilogue), delta);
+                const std::string& epilogue, int delta, float scale) {
+                 self.add_linear(source, std::move(weight), out, vector_of(bias), epilogue_of(epilogue), delta, scale);
              },
              nb::arg("source"), nb::arg("weight"), nb::arg("out"), nb::arg("bias").none(), nb::arg("epilogue"),
-             nb::arg("delta"))
+             nb::arg("delta"), nb::arg("scale"))
         .def("rope_store",
              [](Model& self, int source, int out, int layer, int num_heads, int rotary_dim,
-                std::optional<Array<float>> q_norm, std::optional<Array<float>> k_norm, float epsilon) {
-                 self.add_rope(source, out, layer, num_heads, rotary_dim, vector_of(q_norm), vector_of(k_norm), epsilon);
+                std::optional<Array<float>> q_norm, std::optional<Array<float>> k_norm, float epsilon, int table) {
+                 self.add_rope(source, out, layer, num_heads, rotary_dim, vector_of(q_norm), vector_of(k_norm), epsilon,
+                               table);
              },
              nb::arg("source"), nb::arg("out"), nb::arg("layer"), nb::arg("num_heads"), nb::arg("rotary_dim"),
-             nb::arg("q_norm").none(), nb::arg("k_norm").none(), nb::arg("epsilon"))
+             nb::arg("q_norm").none(), nb::arg("k_norm").none(), nb::arg("epsilon"), nb::arg("table"))
         .def("attention", &Model::add_attention, nb::arg("source"), nb::arg("out"), nb::arg("layer"),
-             nb::arg("num_heads"), nb::arg("scale"), nb::arg("window"))
-        .def("head", &Model::set_head, nb::arg("source"), nb::arg("weight"), nb::arg("softcap"))
+             nb::arg("num_heads"), nb::arg("scale"), nb::arg("window"), nb::arg("softcap"))
+        .def("head", &Model::set_head, nb::arg("source"), nb::arg("weight"), nb::arg("softcap"), nb::arg("divisor"))
         .def("finish", &Model::finish)
         .def("step", &step, nb::arg("batch"), nb::arg("entries"), nb::arg("edits"), nb::arg("results"))
         .def("logits",

@@ -20,7 +20,10 @@ constexpr int kVocabTile = 1024; // tokens of a tile of a reduction over the voc
 constexpr int kAlign = 64;
 
 enum class Format : int32_t { f32 = 0, bf16 = 1, i8 = 2, i4 = 3 };
-enum class Epilogue : int32_t { none = 0, silu_mul = 1, residual = 2 };
+enum class Epilogue : int32_t { none = 0, silu_mul = 1, residual = 2, gelu_mul = 3 };
+
+// Of a gate and an up column each.
+inline bool is_paired(Epilogue e) { return e == Epilogue::silu_mul || e == Epilogue::gelu_mul; }
 enum class Dtype : int32_t { f32 = 0, bf16 = 1 };
 
 // A weight [N, K] cut into panels of 32 output columns; within a panel K runs slowest, so that a product
@@ -30,7 +33,7 @@ enum class Dtype : int32_t { f32 = 0, bf16 = 1 };
 //   i8    [K/4][32][4] uint8 = q + 128        scales: float [panels * 32]
 //   i4    per group of G: [G/8][32][4] uint8 (low nibble: k = 8j + i, high: 8j + 4 + i), then 32 fp16
 //         scales, then 32 uint8 zero points, then nothing up to a multiple of 64 bytes
-// With `paired` (the silu_mul epilogue), panel p holds gate columns 16p..16p+15, then up columns likewise.
+// With `paired` (the silu_mul and gelu_mul epilogues), panel p holds gate columns 16p..16p+15, then up columns likewise.
 // The transposed product (out[k] = sum over n of x[n] W[n, k]) reads the same bytes: a panel gives 32
 // consecutive n for each k.
 struct PackedMatrix {
@@ -68,6 +71,7 @@ struct LinearCall {
     int64_t out_stride;     // in elements
     Dtype out_dtype;
     Epilogue epilogue;
+    float scale;            // of a residual; 1: none
 };
 
 }  // namespace tokenloom

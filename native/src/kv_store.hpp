@@ -33,8 +33,9 @@ struct RopeStoreCall {
     const int64_t* slots;      // [rows] page * 16 + offset, -1: nowhere
     const float* cos;          // [max_context, rotary_dim / 2]
     const float* sin;
-    const float* q_norm;       // [head_dim] or null
+    const float* q_norm;       // [head_dim], or of all heads, or null
     const float* k_norm;
+    bool whole_q, whole_k;     // the norm is over all heads together
     float epsilon;
     int32_t num_heads;
     int32_t rotary_dim;

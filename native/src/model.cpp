@@ -234,6 +234,8 @@ void Model::run(const EmbedOp& op, int64_t rows, int thread) {
                 rows_.widen(op.table.data() + token * out.width * item, op.dtype, out.width,
                             activations_ == Dtype::bf16, to);
             }
+            if (op.scale != 1.0f)
+                for (int64_t i = 0; i < out.width; ++i) to[i] *= op.scale;
         }
     });
 }
@@ -280,6 +282,7 @@ void Model::run(const LinearOp& op, int64_t rows, int thread) {
     call.out_stride = out.stride;
     call.out_dtype = out.dtype;
     call.epilogue = op.epilogue;
+    call.scale = op.scale;
     multiply(*op.weight, call, thread);
 }
 
@@ -292,14 +295,18 @@ void Model::run(const RopeOp& op, int64_t rows, int thread) {
     call.out_stride = out.stride;
     call.positions = batch_->positions;
     call.slots = batch_->slots;
-    call.cos = cos_.data();
-    call.sin = sin_.data();
+    const int64_t table = op.table * max_positions_ * rotary_half_;
+    call.cos = cos_.data() + table;
+    call.sin = sin_.data() + table;
     call.target = kv_target(*kv_, op.layer);
     call.num_heads = op.num_heads;
     call.rotary_dim = op.rotary_dim;
     call.q_norm = op.q_norm ? op.q_norm->data() : nullptr;
     call.k_norm = op.k_norm ? op.k_norm->data() : nullptr;
     call.epsilon = op.epsilon;
+    const size_t dim = static_cast<size_t>(kv_->layout.head_dim);
+    call.whole_q = op.q_norm && op.q_norm->size() != dim;
+    call.whole_k = op.k_norm && op.k_norm->size() != dim;
     phase(thread, rows, shares(),
           [&](int64_t begin, int64_t end) { store_.store_rows(call, begin, end); });
 }
@@ -353,7 +360,7 @@ void Model::sample_rows(int64_t begin, int64_t end, int64_t tile, int thread) {
     SamplerScratch& scratch = sampler_scratch_[static_cast<size_t>(thread)];
     for (int64_t i = begin; i < end; ++i) {
         float* logits = reinterpret_cast<float*>(logits_.data()) + i * stride;
-        finish_logits(sampling_, logits, vocab(), head_.softcap);
+        finish_logits(sampling_, logits, vocab(), head_.softcap, head_.divisor);
         size_t row = static_cast<size_t>(tile + i);
         for (int64_t j = row_starts_[row]; j < row_starts_[row + 1]; ++j) {
             size_t entry = static_cast<size_t>(entry_order_[static_cast<size_t>(j)]);
@@ -384,7 +391,7 @@ void Model::logits(const int32_t* rows, int64_t count, float* out) {
         call.epilogue = Epilogue::none;
         threads_->run([&](int thread) { multiply(*head_.weight, call, thread); });
         float* row = reinterpret_cast<float*>(logits_.data());
-        finish_logits(sampling_, row, vocab(), head_.softcap);
+        finish_logits(sampling_, row, vocab(), head_.softcap, head_.divisor);
         std::memcpy(out + i * vocab(), row, static_cast<size_t>(vocab()) * 4);
     }
 }

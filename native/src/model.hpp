@@ -43,6 +43,7 @@ struct EmbedOp {
     TableDtype dtype;
     int64_t vocab;
     int out;
+    float scale;
 };
 struct NormOp {
     int source, add, out;  // add -1: none
@@ -54,12 +55,14 @@ struct LinearOp {
     Weight weight;
     Vector bias;
     Epilogue epilogue;
+    float scale;
 };
 struct RopeOp {
     int source, out;
     int layer, num_heads, rotary_dim;
     Vector q_norm, k_norm;
     float epsilon;
+    int table;
 };
 struct AttentionOp {
     int source, out, plan;
@@ -86,15 +89,16 @@ class Model {
     int add_buffer(int64_t width, bool activation);
     void set_kv(KVFormat format, int layers, int heads, int dim, int64_t frames, int64_t frame_bytes,
                 int64_t pages_per_frame);
-    void set_rope(std::vector<float> cos, std::vector<float> sin, int64_t positions, int64_t half);
-    void add_embed_packed(Weight weight, int out);
-    void add_embed_table(std::vector<uint8_t> table, TableDtype dtype, int64_t vocab, int out);
+    // [tables * positions, half]
+    void set_rope(std::vector<float> cos, std::vector<float> sin, int64_t positions, int64_t half, int64_t tables);
+    void add_embed_packed(Weight weight, int out, float scale);
+    void add_embed_table(std::vector<uint8_t> table, TableDtype dtype, int64_t vocab, int out, float scale);
     void add_norm(int source, int add, Vector weight, int out, float epsilon);
-    void add_linear(int source, Weight weight, int out, Vector bias, Epilogue epilogue, int delta);
+    void add_linear(int source, Weight weight, int out, Vector bias, Epilogue epilogue, int delta, float scale);
     void add_rope(int source, int out, int layer, int num_heads, int rotary_dim, Vector q_norm, Vector k_norm,
-                  float epsilon);
-    void add_attention(int source, int out, int layer, int num_heads, float scale, int window);
-    void set_head(int source, Weight weight, float softcap);
+                  float epsilon, int table);
+    void add_attention(int source, int out, int layer, int num_heads, float scale, int window, float softcap);
+    void set_head(int source, Weight weight, float softcap, float divisor);
     // After this, `step` may be called. Throws if parts are missing.
     void finish();
 
@@ -115,7 +119,7 @@ class Model {
     struct Head {
         int source = -1;
         Weight weight;
-        float softcap = 0;
+        float softcap = 0, divisor = 1;
     };
 
     Activation& buffer(int index) { return buffers_[static_cast<size_t>(index)]; }
@@ -159,7 +163,7 @@ class Model {
     Memory kv_memory_;
     std::unique_ptr<KVPool> kv_;
     std::vector<float> cos_, sin_;
-    int64_t max_positions_ = 0, rotary_half_ = 0;
+    int64_t max_positions_ = 0, rotary_half_ = 0, num_tables_ = 0;
     std::vector<AttentionShape> plan_shapes_;  // one for each pair of heads and window
     std::vector<std::unique_ptr<AttentionPlan>> plans_, tail_plans_;
     // Ops from here on may run on the tail of the batch alone; the buffers that they find filled.

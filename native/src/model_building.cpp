@@ -28,28 +28,29 @@ void Model::set_kv(KVFormat format, int layers, int heads, int dim, int64_t fram
     kv_ = std::make_unique<KVPool>(KVPool{layout, kv_memory_.data(), frames, frame_bytes, pages_per_frame});
 }
 
-void Model::set_rope(std::vector<float> cos, std::vector<float> sin, int64_t positions, int64_t half) {
-    if (positions < 1 || half < 0 || static_cast<int64_t>(cos.size()) != positions * half || sin.size() != cos.size())
-        refuse("rope tables do not have the shape [positions, rotary_dim / 2]");
+void Model::set_rope(std::vector<float> cos, std::vector<float> sin, int64_t positions, int64_t half, int64_t tables) {
+    if (positions < 1 || half < 0 || tables < 1 || static_cast<int64_t>(cos.size()) != tables * positions * half || sin.size() != cos.size())
+        refuse("rope tables do not have the shape [tables * positions, rotary_dim / 2]");
     cos_ = std::move(cos);
     sin_ = std::move(sin);
     max_positions_ = positions;
     rotary_half_ = half;
+    num_tables_ = tables;
 }
 
-void Model::add_embed_packed(Weight weight, int out) {
+void Model::add_embed_packed(Weight weight, int out, float scale) {
     if (buffers_.at(static_cast<size_t>(out)).width != weight->matrix.k || buffer(out).dtype != Dtype::f32)
         refuse("embedding: the output must be fp32 and as wide as the table");
     int64_t vocab = weight->matrix.n;
-    ops_.push_back(EmbedOp{std::move(weight), {}, TableDtype::f32, vocab, out});
+    ops_.push_back(EmbedOp{std::move(weight), {}, TableDtype::f32, vocab, out, scale});
 }
 
-void Model::add_embed_table(std::vector<uint8_t> table, TableDtype dtype, int64_t vocab, int out) {
+void Model::add_embed_table(std::vector<uint8_t> table, TableDtype dtype, int64_t vocab, int out, float scale) {
     int64_t width = buffers_.at(static_cast<size_t>(out)).width;
     int64_t item = dtype == TableDtype::f32 ? 4 : 2;
     if (vocab < 1 || static_cast<int64_t>(table.size()) != vocab * width * item || buffer(out).dtype != Dtype::f32)
         refuse("embedding: the output must be fp32 and as wide as the table");
-    ops_.push_back(EmbedOp{nullptr, std::move(table), dtype, vocab, out});
+    ops_.push_back(EmbedOp{nullptr, std::move(table), dtype, vocab, out, scale});
 }
 
 void Model::add_norm(int source, int add, Vector weight, int out, float epsilon) {
@@ -62,55 +63,60 @@ void Model::add_norm(int source, int add, Vector weight, int out, float epsilon)
     ops_.push_back(NormOp{source, add, out, std::move(weight), epsilon});
 }
 
-void Model::add_linear(int source, Weight weight, int out, Vector bias, Epilogue epilogue, int delta) {
+void Model::add_linear(int source, Weight weight, int out, Vector bias, Epilogue epilogue, int delta, float scale) {
     const PackedMatrix& m = weight->matrix;
     const Activation& from = buffers_.at(static_cast<size_t>(source));
     const Activation& to = buffers_.at(static_cast<size_t>(out));
     bool float_ok = m.format == Format::bf16 ? from.dtype == Dtype::bf16
                     : m.format == Format::f32 ? from.dtype == Dtype::f32
                                               : true;
-    bool fits = from.width == m.k && to.width == (epilogue == Epilogue::silu_mul ? m.n / 2 : m.n) && source != out &&
-                (m.paired != 0) == (epilogue == Epilogue::silu_mul) &&
+    bool fits = from.width == m.k && to.width == (is_paired(epilogue) ? m.n / 2 : m.n) && source != out &&
+                (m.paired != 0) == is_paired(epilogue) &&
                 (!bias || static_cast<int64_t>(bias->size()) == m.n) &&
                 (epilogue != Epilogue::residual || to.dtype == Dtype::f32) && float_ok;
     if (delta >= 0)
         fits = fits && buffers_.at(static_cast<size_t>(delta)).width == m.n && buffer(delta).dtype == Dtype::f32;
     if (!fits) refuse("linear [" + number(m.n) + ", " + number(m.k) + "]: shapes, formats or epilogue do not agree");
-    ops_.push_back(LinearOp{source, out, delta, std::move(weight), std::move(bias), epilogue});
+    ops_.push_back(LinearOp{source, out, delta, std::move(weight), std::move(bias), epilogue, scale});
 }
 
 void Model::add_rope(int source, int out, int layer, int num_heads, int rotary_dim, Vector q_norm, Vector k_norm,
-                     float epsilon) {
+                     float epsilon, int table) {
     if (!kv_) refuse("rope_store before the KV pool");
     const KVLayout& kv = kv_->layout;
     int64_t dim = kv.head_dim;
     bool fits = buffers_.at(static_cast<size_t>(source)).width == (num_heads + 2 * kv.num_kv_heads) * dim &&
                 buffers_.at(static_cast<size_t>(out)).width == num_heads * dim &&
                 buffer(source).dtype == Dtype::f32 && buffer(out).dtype == Dtype::f32 && layer >= 0 &&
-                layer < kv.num_layers && rotary_dim >= 0 && rotary_dim <= dim && rotary_dim == 2 * rotary_half_;
-    for (const Vector& norm : {q_norm, k_norm}) fits = fits && (!norm || static_cast<int64_t>(norm->size()) == dim);
+                layer < kv.num_layers && rotary_dim >= 0 && rotary_dim <= dim && rotary_dim == 2 * rotary_half_ && table >= 0 && table < num_tables_;
+    // A norm is over each head, or over all heads together.
+    auto norm_fits = [&](const Vector& norm, int64_t heads) {
+        const int64_t size = norm ? static_cast<int64_t>(norm->size()) : dim;
+        return size == dim || size == heads * dim;
+    };
+    fits = fits && norm_fits(q_norm, num_heads) && norm_fits(k_norm, kv.num_kv_heads);
     if (!fits) refuse("rope_store: widths, layer or rotary_dim do not agree");
-    ops_.push_back(RopeOp{source, out, layer, num_heads, rotary_dim, std::move(q_norm), std::move(k_norm), epsilon});
+    ops_.push_back(RopeOp{source, out, layer, num_heads, rotary_dim, std::move(q_norm), std::move(k_norm), epsilon, table});
 }
 
-void Model::add_attention(int source, int out, int layer, int num_heads, float scale, int window) {
+void Model::add_attention(int source, int out, int layer, int num_heads, float scale, int window, float softcap) {
     if (!kv_) refuse("attention before the KV pool");
     const KVLayout& kv = kv_->layout;
     bool fits = buffers_.at(static_cast<size_t>(source)).width == num_heads * kv.head_dim &&
                 buffers_.at(static_cast<size_t>(out)).width == num_heads * kv.head_dim && num_heads > 0 &&
                 num_heads % kv.num_kv_heads == 0 && buffer(source).dtype == Dtype::f32 && layer >= 0 &&
-                layer < kv.num_layers && window >= 0;
+                layer < kv.num_layers && window >= 0 && softcap >= 0;
     if (!fits) refuse("attention: widths, layer or heads do not agree");
-    AttentionShape shape{num_heads, kv.num_kv_heads, kv.head_dim, scale, window, layer};
+    AttentionShape shape{num_heads, kv.num_kv_heads, kv.head_dim, scale, window, layer, softcap};
     auto found = std::find_if(plan_shapes_.begin(), plan_shapes_.end(), [&](const AttentionShape& other) {
-        return other.num_heads == num_heads && other.window == window;
+        return other.num_heads == num_heads && other.window == window && other.softcap == softcap;
     });
     int plan = static_cast<int>(found - plan_shapes_.begin());
     if (found == plan_shapes_.end()) plan_shapes_.push_back(shape);
     ops_.push_back(AttentionOp{source, out, plan, false, shape});
 }
 
-void Model::set_head(int source, Weight weight, float softcap) {
+void Model::set_head(int source, Weight weight, float softcap, float divisor) {
     const PackedMatrix& m = weight->matrix;
     const Activation& from = buffers_.at(static_cast<size_t>(source));
     if (from.width != m.k || m.paired || from.dtype != activations_ ||
@@ -119,7 +125,8 @@ void Model::set_head(int source, Weight weight, float softcap) {
         refuse("head [" + number(m.n) + ", " + number(m.k) + "]: shape or format does not agree");
     if (m.n > kMaxVocabulary)
         refuse("a vocabulary of " + number(m.n) + " tokens: the sampler counts up to " + number(kMaxVocabulary));
-    head_ = Head{source, std::move(weight), softcap};
+    if (!(divisor > 0)) refuse("head: the divisor must be above 0");
+    head_ = Head{source, std::move(weight), softcap, divisor};
 }
 
 void Model::finish() {

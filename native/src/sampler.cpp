@@ -317,8 +317,8 @@ void SamplerScratch::reserve(int64_t vocab) {
     capacity_ = vocab;
 }
 
-void finish_logits(const SamplingKernels& kernels, float* logits, int64_t vocab, float softcap) {
-    kernels.finish(logits, vocab, softcap);
+void finish_logits(const SamplingKernels& kernels, float* logits, int64_t vocab, float softcap, float divisor) {
+    kernels.finish(logits, vocab, softcap, divisor);
 }
 
 void sample_row(const SamplingKernels& kernels, const float* logits, int64_t vocab, const SampleEntry& entry,

@@ -33,7 +33,7 @@ struct LogSum {
 // |score| above the id.
 struct SamplingKernels {
     // Softcap (0: none), then NaN to -inf and +inf to the largest number; in place.
-    void (*finish)(float* logits, int64_t n, float softcap);
+    void (*finish)(float* logits, int64_t n, float softcap, float divisor);
     // The lowest id of the highest logit; 0 where all are -inf.
     int64_t (*argmax)(const float* logits, int64_t n);
     // (logit - best) / temperature; what is below `lowest` becomes -inf.
@@ -106,7 +106,7 @@ class SamplerScratch {
 };
 
 // Prepares a freshly computed row, in place.
-void finish_logits(const SamplingKernels& kernels, float* logits, int64_t vocab, float softcap);
+void finish_logits(const SamplingKernels& kernels, float* logits, int64_t vocab, float softcap, float divisor = 1);
 
 // One entry over a finished row of logits, which it leaves as it is. Needs 1 <= vocab <= kMaxVocabulary.
 void sample_row(const SamplingKernels& kernels, const float* logits, int64_t vocab, const SampleEntry& entry,

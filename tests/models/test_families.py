@@ -54,6 +54,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2, windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 50, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
+    "gemma2": ("Gemma2", {"head_dim": 20, "sliding_window": 37, "query_pre_attn_scalar": 31}),
+    "gemma3": (
+        "Gemma3",
+        {"head_dim": 16, "sliding_window": 50, "query_pre_attn_scalar": 20, "sliding_window_pattern": 3},
+    ),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.3,
+            "logits_scaling": 2.5,
+            "attention_bias": True,
+        },
+    ),
     "phi3": ("Phi3", {"sliding_window": 130}),
     "phi3, partial": ("Phi3", {"hidden_size": 64, "partial_rotary_factor": 0.75}),
 }
@@ -63,7 +78,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def theirs(name: str) -> Any:
     """The model of transformers, its norms and biases shaken out of their ones and zeros."""
     kind, options = FAMILIES[name]
-    config = getattr(transformers, f"{kind}Config")(**(SMALL | options))
+    config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(kind, f"{kind}Config"))(
+        **(SMALL | options)
+    )
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)

@@ -21,7 +21,9 @@ SPLIT = 128
 """Keys per split of attention: a constant of the numerics contract."""
 
 BufferDtype = Literal["float32", "activation"]
-Epilogue = Literal["none", "silu_mul", "residual"]
+Epilogue = Literal["none", "silu_mul", "gelu_mul", "residual"]
+PAIRED: tuple[Epilogue, ...] = ("silu_mul", "gelu_mul")
+"""Epilogues that make one number of a gate and an up column."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class WeightSpec:
 
     `sources` are the Hugging Face tensors that are concatenated along axis 0. `transposed`: the checkpoint
     stores [in, out]. `optional`: a checkpoint may lack it, and the loader then leaves it out (biases only:
-    the op runs without it).
+    the op runs without it). `offset` is added in fp32 (norms that are stored less one; vectors only).
     """
 
     name: str
@@ -53,14 +55,16 @@ class WeightSpec:
     sources: tuple[str, ...]
     optional: bool = False
     transposed: bool = False
+    offset: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Embed:
-    """out[row] = weight[token_ids[row]] in fp32 (exact)."""
+    """out[row] = weight[token_ids[row]] * scale in fp32 (exact where scale is 1)."""
 
     weight: str
     out: str
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +86,10 @@ class RMSNorm:
 class Linear:
     """y = source @ weight.T, one fp32 accumulator per element, + bias, + delta, then the epilogue in fp32.
 
-    none: out = y. residual: out += y. silu_mul: weight stacks gate and up, y = [g, u] and
-    out = (g / (1 + exp(-g))) * u, half as wide. The result is rounded once to the dtype of `out`. `delta`
-    names an fp32 buffer as wide as y (an adapter's product); it is added before the epilogue.
+    none: out = y. residual: out += y * scale (the product rounded, and left out where scale is 1). silu_mul:
+    weight stacks gate and up, y = [g, u] and out = (g / (1 + exp(-g))) * u, half as wide. gelu_mul: likewise
+    with gelu of g in its tanh form (Hendrycks and Gimpel 2016). The result is rounded once to the dtype of
+    `out`. `delta` names an fp32 buffer as wide as y (an adapter's product); it is added before the epilogue.
     """
 
     source: str
@@ -93,6 +98,7 @@ class Linear:
     bias: str | None = None
     epilogue: Epilogue = "none"
     delta: str | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +107,9 @@ class RopeStore:
 
     The leading `rotary_dim` dimensions of a head rotate in halves (x1, x2):
     (x1 * cos - x2 * sin, x2 * cos + x1 * sin), each product and the sum rounded to fp32 (RoFormer, Su et al.
-    2021, in the half-split layout of Hugging Face). `q_norm` and `k_norm` name weights [head_dim] of an
-    RMSNorm over each head before the rotation. q goes to `out` in fp32; k and v are rounded once to the KV
+    2021, in the half-split layout of Hugging Face). `q_norm` and `k_norm` name weights of an RMSNorm before the
+    rotation: [head_dim] over each head, or [heads * head_dim] over all heads of q or k together. `table` says
+    which of the RoPE tables turns this layer. q goes to `out` in fp32; k and v are rounded once to the KV
     dtype. A stored value that is not finite is replaced (NaN by 0, infinities by the largest number), so that
     a broken request cannot poison a page that another one gets later.
     """
@@ -117,6 +124,7 @@ class RopeStore:
     q_norm: str | None = None
     k_norm: str | None = None
     epsilon: float = 0.0
+    table: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +135,8 @@ class Attention:
     p = exp(score - m), l = sum of p, o = p @ v; splits merge in order by
     (m, l, o) <- (m', l e^(m-m') + l_s e^(m_s-m'), o e^(m-m') + o_s e^(m_s-m')) with m' = max(m, m_s), and
     out = o / l, rounded once (online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022).
-    `window` w: a row sees only its last w keys, itself included.
+    `window` w: a row sees only its last w keys, itself included. `softcap` c: a score s becomes
+    c * tanh(s / c) before anything else (Gemma 2).
     """
 
     source: str
@@ -138,6 +147,7 @@ class Attention:
     head_dim: int
     scale: float
     window: int | None = None
+    softcap: float | None = None
 
 
 Op = Embed | RMSNorm | Linear | RopeStore | Attention
@@ -145,11 +155,13 @@ Op = Embed | RMSNorm | Linear | RopeStore | Attention
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """logits = source @ weight.T in fp32 for the rows that need them; softcap c: c * tanh(logits / c)."""
+    """logits = source @ weight.T in fp32 for the rows that need them, divided by `divisor` (where it is not 1);
+    softcap c: c * tanh(logits / c)."""
 
     source: str
     weight: str
     softcap: float | None = None
+    divisor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +187,11 @@ class Program:
     weights: tuple[WeightSpec, ...]
     kv: KVGeometry
     vocab_size: int
+
+    @property
+    def num_rope_tables(self) -> int:
+        """How many RoPE tables there must be, one behind the other."""
+        return 1 + max((op.table for op in self.ops if isinstance(op, RopeStore)), default=0)
 
     def check(self) -> None:
         """Raise ValueError unless every name is known, every buffer is written before it is read, and all
@@ -203,17 +220,23 @@ class ProgramBuilder:
             raise ValueError(f"buffer {name} is declared as {self._buffers[name]} and as {spec}")
         return name
 
-    def weight(self, sources: str | tuple[str, ...], *shape: int, optional: bool = False) -> str:
+    def width(self, name: str) -> int:
+        """Elements per row of a declared buffer."""
+        return self._buffers[name].width
+
+    def weight(
+        self, sources: str | tuple[str, ...], *shape: int, optional: bool = False, offset: float = 0.0
+    ) -> str:
         """Declare a weight made of the Hugging Face tensors `sources`."""
         names = (sources,) if isinstance(sources, str) else sources
         name = "+".join(names)
-        spec = WeightSpec(name, shape, names, optional)
+        spec = WeightSpec(name, shape, names, optional, offset=offset)
         if self._weights.setdefault(name, spec) != spec:
             raise ValueError(f"weight {name} is declared as {self._weights[name]} and as {spec}")
         return name
 
-    def embed(self, weight: str, out: str) -> str:
-        self._ops.append(Embed(weight, out))
+    def embed(self, weight: str, out: str, *, scale: float = 1.0) -> str:
+        self._ops.append(Embed(weight, out, scale))
         return out
 
     def rms_norm(self, source: str, weight: str, out: str, epsilon: float, *, add: str | None = None) -> str:
@@ -221,9 +244,16 @@ class ProgramBuilder:
         return out
 
     def linear(
-        self, source: str, weight: str, out: str, *, bias: str | None = None, epilogue: Epilogue = "none"
+        self,
+        source: str,
+        weight: str,
+        out: str,
+        *,
+        bias: str | None = None,
+        epilogue: Epilogue = "none",
+        scale: float = 1.0,
     ) -> str:
-        self._ops.append(Linear(source, weight, out, bias, epilogue))
+        self._ops.append(Linear(source, weight, out, bias, epilogue, scale=scale))
         return out
 
     def rope_store(
@@ -236,6 +266,7 @@ class ProgramBuilder:
         rotary_dim: int,
         norms: tuple[str, str] | None = None,
         epsilon: float = 0.0,
+        table: int = 0,
     ) -> str:
         """`norms` are the weights of the norms of q and k, of this `epsilon`."""
         q_norm, k_norm = norms or (None, None)
@@ -252,24 +283,35 @@ class ProgramBuilder:
                 q_norm,
                 k_norm,
                 epsilon,
+                table,
             )
         )
         return out
 
     def attention(
-        self, source: str, out: str, *, layer: int, num_heads: int, scale: float, window: int | None = None
+        self,
+        source: str,
+        out: str,
+        *,
+        layer: int,
+        num_heads: int,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> str:
         kv = self._kv
         self._ops.append(
-            Attention(source, out, layer, num_heads, kv.num_kv_heads, kv.head_dim, scale, window)
+            Attention(source, out, layer, num_heads, kv.num_kv_heads, kv.head_dim, scale, window, softcap)
         )
         return out
 
-    def finish(self, source: str, weight: str, *, softcap: float | None = None) -> Program:
+    def finish(
+        self, source: str, weight: str, *, softcap: float | None = None, divisor: float = 1.0
+    ) -> Program:
         """The checked program whose logits are source @ weight.T."""
         program = Program(
             ops=tuple(self._ops),
-            head=Head(source, weight, softcap),
+            head=Head(source, weight, softcap, divisor),
             buffers=tuple(self._buffers.values()),
             weights=tuple(self._weights.values()),
             kv=self._kv,
@@ -295,6 +337,8 @@ class _Checker:
         _distinct("buffer", [spec.name for spec in program.buffers])
         _distinct("weight", [spec.name for spec in program.weights])
         for spec in program.weights:
+            if spec.offset and len(spec.shape) != 1:
+                raise ValueError(f"weight {spec.name} of shape {spec.shape} has an offset")
             if not spec.sources or not spec.shape or min(spec.shape) < 1:
                 raise ValueError(f"weight {spec.name} has shape {spec.shape} and sources {spec.sources}")
 
@@ -359,17 +403,19 @@ class _Checker:
         if op.epilogue == "residual":
             self.read(op.out, rows)
             self.exact(op.out, "it is a residual stream")
-        elif op.epilogue == "silu_mul" and rows % 2:
+        elif op.epilogue in PAIRED and rows % 2:
             raise ValueError(f"weight {op.weight} has {rows} rows, which are no gate and up pair")
-        self.write(op.out, rows // 2 if op.epilogue == "silu_mul" else rows)
+        if op.scale != 1 and op.epilogue != "residual":
+            raise ValueError(f"linear over {op.weight} scales what is no residual")
+        self.write(op.out, rows // 2 if op.epilogue in PAIRED else rows)
 
     def rope_store(self, op: RopeStore) -> None:
         self.heads(op)
         self.read(op.source, (op.num_heads + 2 * op.num_kv_heads) * op.head_dim)
         if op.rotary_dim % 2 or not 0 <= op.rotary_dim <= op.head_dim:
             raise ValueError(f"rotary_dim {op.rotary_dim} must be even and at most {op.head_dim}")
-        for norm in (op.q_norm, op.k_norm):
-            if norm is not None:
+        for norm, heads in ((op.q_norm, op.num_heads), (op.k_norm, op.num_kv_heads)):
+            if norm is not None and self.shapes.get(norm) != (heads * op.head_dim,):
                 self.weight(norm, op.head_dim)
         self.exact(op.out, "q is not rounded")
         self.write(op.out, op.num_heads * op.head_dim)

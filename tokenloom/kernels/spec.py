@@ -263,6 +263,13 @@ def silu_mul(gate: Float32, up: Float32) -> Float32:
     return gate / (np.float32(1) + exp(-gate)) * up
 
 
+def gelu_mul(gate: Float32, up: Float32) -> Float32:
+    """0.5 * gate * (1 + tanh(sqrt(2 / pi) * (gate + 0.044715 * gate^3))) * up."""
+    cube = gate * gate * gate
+    inner = (cube * np.float32(0.044715) + gate) * np.float32(0.7978845608028654)
+    return (tanh(inner) + np.float32(1)) * gate * np.float32(0.5) * up
+
+
 def attention(query: Float32, keys: Float32, values: Float32, scale: float, first: int = 0) -> Float32:
     """One query head over the keys of its path: [d], [n, d], [n, d] -> [d], all fp32 (as stored).
 

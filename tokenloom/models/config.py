@@ -47,7 +47,11 @@ class ModelConfig:
 
     `attention_bias` is that of q, k and v, `output_bias` that of the projection behind attention. `qk_norm`: an
     RMSNorm over each head of q and k. `windows` has one entry per layer, the number of last tokens that it
-    sees or None for all; empty: all layers see all.
+    sees or None for all; empty: all layers see all. `activation` is that of the gate. `embedding_scale`,
+    `residual_scale` and `logits_divisor` are factors of the embedding, of what a block adds to the residual
+    stream, and below the logits; `attention_scale` is that of q (None: 1 / sqrt(head_dim)). `attention_softcap`
+    and `logits_softcap` bound scores and logits. `norm_offset` is added to the weights of norms. `local_rope`
+    turns the layers with a window, where it is not None.
     """
 
     family: str
@@ -67,6 +71,15 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     windows: tuple[int | None, ...] = ()
+    activation: Literal["silu", "gelu"] = "silu"
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    logits_divisor: float = 1.0
+    norm_offset: float = 0.0
+    local_rope: RopeConfig | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -75,6 +88,11 @@ class ModelConfig:
     def window(self, layer: int) -> int | None:
         """How many of the last tokens a layer sees; None: all."""
         return self.windows[layer] if self.windows else None
+
+    @property
+    def query_scale(self) -> float:
+        """What q is multiplied by."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     @property
     def q_size(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,9 @@ class Family:
     `defaults` are values that transformers gives to absent fields where they differ from Llama's; a field that
     is null counts as written. `read` completes what the common fields gave, and refuses by name what the family
     does not offer. `partial_rotary`: `partial_rotary_factor` may be below 1. `rope_kinds` are its own names of
-    rope types.
+    rope types. `activation` is what `hidden_act` must be; None: `read` checks it. `default_theta`: the layers
+    with a window have a RoPE table of their own, and these are the bases of the others and of theirs where the
+    file does not say.
     """
 
     model_type: str
@@ -31,10 +33,14 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     partial_rotary: bool = False
     rope_kinds: Mapping[str, str] = field(default_factory=dict)
+    activation: str | None = "silu"
+    default_theta: tuple[float, float] | None = None
 
 
-def sliding_layers(written: Fields, config: ModelConfig, first: int) -> tuple[int | None, ...]:
-    """The window of each layer: `layer_types` says which ones slide, without it all from `first` on.
+def sliding_layers(
+    written: Fields, config: ModelConfig, default: Sequence[str] | None = None
+) -> tuple[int | None, ...]:
+    """The window of each layer: `layer_types` says which ones slide, without it `default`, without that all.
 
     Empty where nothing slides. Raises `ModelError`.
     """
@@ -43,8 +49,7 @@ def sliding_layers(written: Fields, config: ModelConfig, first: int) -> tuple[in
         return ()
     kinds = written.data.get("layer_types")
     if kinds is None:
-        kinds = ["full_attention"] * first + ["sliding_attention"] * (config.num_layers - first)
-        kinds = kinds[: config.num_layers]
+        kinds = list(default or ["sliding_attention"] * config.num_layers)
     known = ("full_attention", "sliding_attention")
     if not isinstance(kinds, list) or len(kinds) != config.num_layers or any(k not in known for k in kinds):
         written.refuse("layer_types", f"{config.num_layers} of full_attention and sliding_attention")

@@ -33,6 +33,7 @@ MAX_HEAD_DIM = 1 << 10
 MAX_CONTEXT = 1 << 26
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_LAYER_KINDS = ("full_attention", "sliding_attention")
 _ROPE_KINDS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 _MIN_FACTOR = 1e-6
 _MAX_FACTOR = 1e6
@@ -98,7 +99,8 @@ def parse_config(data: Mapping[str, Any]) -> ModelConfig:
     family = _family(data)
     data = {**family.defaults, **data}
     written = Fields(data, CONFIG_FILE)
-    _refuse_unsupported(written)
+    if family.activation is not None and data.get("hidden_act", family.activation) != family.activation:
+        written.refuse("hidden_act", repr(family.activation))
     hidden_size = written.integer("hidden_size", 1, MAX_WIDTH)
     num_heads = written.integer("num_attention_heads", 1, MAX_HEADS)
     num_kv_heads = written.integer("num_key_value_heads", 1, MAX_HEADS, default=num_heads)
@@ -108,7 +110,7 @@ def parse_config(data: Mapping[str, Any]) -> ModelConfig:
     if num_heads * head_dim > MAX_WIDTH:
         written.refuse("num_attention_heads", f"num_attention_heads * head_dim of at most {MAX_WIDTH}")
     context = written.integer("max_position_embeddings", 2, MAX_CONTEXT, default=2048)
-    rope = _rope(data, _rotary_dim(data, head_dim, family), context, family.rope_kinds)
+    rope, local_rope = _ropes(data, head_dim, context, family)
     vocab_size = written.integer("vocab_size", 1, MAX_VOCAB)
     bos = written.token_ids("bos_token_id", vocab_size) or (None,)
     if len(bos) > 1:
@@ -125,6 +127,7 @@ def parse_config(data: Mapping[str, Any]) -> ModelConfig:
         max_context=_served_context(rope, context),
         rms_norm_eps=written.number("rms_norm_eps", 1e-20, 1, default=1e-6),
         rope=rope,
+        local_rope=local_rope,
         tie_word_embeddings=written.flag("tie_word_embeddings", False),
         bos_token_id=bos[0],
         eos_token_ids=written.token_ids("eos_token_id", vocab_size) or (),
@@ -161,11 +164,30 @@ def _family(data: Mapping[str, Any]) -> Family:
     return family
 
 
-def _refuse_unsupported(written: Fields) -> None:
-    data = written.data
-    if data.get("hidden_act", "silu") != "silu":
-        written.refuse("hidden_act", "'silu'")
-    # pretraining_tp is left alone: it split one product into several for training and means the same sum.
+def _ropes(
+    data: Mapping[str, Any], head_dim: int, context: int, family: Family
+) -> tuple[RopeConfig, RopeConfig | None]:
+    """The rotary embedding, and that of layers with a window where the family tells them apart.
+
+    transformers 5 has one object for each kind of layer; before, what scales belonged to the layers without a
+    window, and `rope_local_base_freq` was the base of the others.
+    """
+
+    def read(data: Mapping[str, Any]) -> RopeConfig:
+        return _rope(data, _rotary_dim(data, head_dim, family), context, family.rope_kinds)
+
+    if family.default_theta is None:
+        return read(data), None
+    theta, local_theta = family.default_theta
+    found = data.get("rope_parameters")
+    if isinstance(found, dict) and not found.keys().isdisjoint(_LAYER_KINDS):
+        kinds = [found.get(kind) for kind in _LAYER_KINDS]
+        if any(not isinstance(kind, dict | None) for kind in kinds):
+            Fields(data, CONFIG_FILE).refuse("rope_parameters", "an object for each of " + ", ".join(_LAYER_KINDS))
+        both = [{"rope_parameters": kind or {}, "rope_theta": base} for kind, base in zip(kinds, (theta, local_theta), strict=True)]
+        return read(both[0]), read(both[1])
+    local = Fields(data, CONFIG_FILE).number("rope_local_base_freq", 1, 1e15, default=local_theta, above=True)
+    return read({"rope_theta": theta, **data}), read({"rope_theta": local})
 
 
 def _rotary_dim(data: Mapping[str, Any], head_dim: int, family: Family) -> int:

@@ -11,7 +11,7 @@ from tokenloom.models.json_fields import Fields
 
 
 def _read(written: Fields, config: ModelConfig) -> ModelConfig:
-    return replace(config, windows=sliding_layers(written, config, first=0))
+    return replace(config, windows=sliding_layers(written, config))
 
 
 MISTRAL = Family(

@@ -18,7 +18,7 @@ def build(config: ModelConfig) -> Program:
 
 
 def _read(written: Fields, config: ModelConfig) -> ModelConfig:
-    return replace(config, windows=sliding_layers(written, config, first=0))
+    return replace(config, windows=sliding_layers(written, config))
 
 
 PHI3 = Family(

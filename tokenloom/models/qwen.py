@@ -16,7 +16,9 @@ def _windows(written: Fields, config: ModelConfig) -> tuple[int | None, ...]:
     """The layers from `max_window_layers` on slide, if any do."""
     if not written.flag("use_sliding_window", False):
         return ()
-    return sliding_layers(written, config, first=written.integer("max_window_layers", 0, 1 << 12, default=28))
+    first = min(written.integer("max_window_layers", 0, 1 << 12, default=28), config.num_layers)
+    default = ["full_attention"] * first + ["sliding_attention"] * (config.num_layers - first)
+    return sliding_layers(written, config, default)
 
 
 def _read_qwen2(written: Fields, config: ModelConfig) -> ModelConfig:

@@ -8,13 +8,15 @@ from tokenloom.errors import ModelError
 from tokenloom.kernels.program import Program
 from tokenloom.models.config import ModelConfig
 from tokenloom.models.family import Family
+from tokenloom.models.gemma import GEMMA2, GEMMA3
+from tokenloom.models.granite import GRANITE
 from tokenloom.models.llama import LLAMA
 from tokenloom.models.mistral import MISTRAL
 from tokenloom.models.phi3 import PHI3
 from tokenloom.models.qwen import QWEN2, QWEN3
 
 FAMILIES: Mapping[str, Family] = {
-    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3)
+    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, GRANITE)
 }
 
 

@@ -28,15 +28,23 @@ _BLOCK_ROWS = 4096
 
 def rope_tables(config: ModelConfig, max_context: int | None = None) -> tuple[Float32, Float32]:
     """cos and sin, float32 [max_context, rotary_dim / 2], of the angle position * frequency, times the
-    attention factor of the rope type. `max_context` None takes `config.max_context`.
+    attention factor of the rope type. `max_context` None takes `config.max_context`. Those of `local_rope`, if
+    the model has one, follow: [2 * max_context, rotary_dim / 2].
 
     Row p does not depend on `max_context`. Raises `InvalidParameter` beyond `config.max_context`, and
     `OutOfMemory` if the tables would exceed `MAX_TABLE_BYTES`.
     """
     context = check_context(config, max_context)
-    half = config.rope.rotary_dim // 2
     table_bytes(config, context)
-    frequencies, scale = inverse_frequencies(config.rope)
+    tables = [_table(rope, context) for rope in (config.rope, config.local_rope) if rope is not None]
+    if len(tables) == 1:
+        return tables[0]
+    return np.concatenate([cos for cos, _ in tables]), np.concatenate([sin for _, sin in tables])
+
+
+def _table(rope: RopeConfig, context: int) -> tuple[Float32, Float32]:
+    half = rope.rotary_dim // 2
+    frequencies, scale = inverse_frequencies(rope)
     cos = np.empty((context, half), np.float32)
     sin = np.empty((context, half), np.float32)
     for start in range(0, context, _BLOCK_ROWS):
@@ -52,7 +60,7 @@ def rope_tables(config: ModelConfig, max_context: int | None = None) -> tuple[Fl
 
 def table_bytes(config: ModelConfig, context: int) -> int:
     """Bytes of both tables for `context` tokens. Raises `OutOfMemory` beyond `MAX_TABLE_BYTES`."""
-    row_bytes = (config.rope.rotary_dim // 2) * 2 * 4
+    row_bytes = (config.rope.rotary_dim // 2) * 2 * 4 * (1 if config.local_rope is None else 2)
     if context * row_bytes > MAX_TABLE_BYTES:
         raise OutOfMemory(
             f"the RoPE tables of {context} tokens need {context * row_bytes} bytes, more than "

@@ -248,6 +248,16 @@ TL_INLINE void scale_scores(int rows, Pages pages, const float* const* scales, c
     }
 }
 
+TL_INLINE void cap_scores(int rows, Pages pages, float softcap, const Scratch& s) {
+    const F cap = set(softcap);
+    for (int r = 0; r < rows; ++r) {
+        for (int p = pages.begin; p < pages.end; ++p) {
+            float* at = s.scores + r * kSplit + p * kPageSize;
+            store(at, mul(tanh(div(load(at), cap)), cap));
+        }
+    }
+}
+
 // Scores [rows][128] -> shares, their maxima and sums, over n pages from `begin` on.
 template <KVFormat kFormat>
 TL_INLINE void softmax_pages(int rows, int begin, int n, const float* const* scales, const Scratch& s, Partial out) {
@@ -284,6 +294,7 @@ TL_NOINLINE void softmax(const AttentionTables& plan, const AttentionBlock& bloc
                          const float* const* scales, const Scratch& s, Partial out) {
     const int rows = tile.end - tile.begin, n = pages.end - pages.begin;
     if constexpr (kFormat == KVFormat::i8) scale_scores(rows, pages, scales, s);
+    if (plan.softcap != 0) cap_scores(rows, pages, plan.softcap, s);
     int row = tile.begin / plan.group, head = tile.begin % plan.group;
     Seen seen = seen_keys(plan, block.row_begin + row, split);
     for (int r = 0; r < rows; ++r) {

@@ -136,17 +136,19 @@ void store_rows(const RopeStoreCall& call, int64_t begin, int64_t end) {
         float* out = call.out + row * call.out_stride;
         const float* cos = call.cos + (int64_t)call.positions[row] * half;
         const float* sin = call.sin + (int64_t)call.positions[row] * half;
+        if (call.whole_q) norm_head(source, call.q_norm, call.num_heads * dim, call.epsilon);
         for (int h = 0; h < call.num_heads; ++h) {
             float* head = source + h * dim;
-            if (call.q_norm) norm_head(head, call.q_norm, dim, call.epsilon);
+            if (call.q_norm && !call.whole_q) norm_head(head, call.q_norm, dim, call.epsilon);
             rotate_head(head, out + h * dim, cos, sin, call.rotary_dim, dim);
         }
         if (row + kRowsAhead < end) fetch_slot(target, call.slots[row + kRowsAhead]);
         if (call.slots[row] < 0) continue;
         float* k = source + (int64_t)call.num_heads * dim;
         const float* v = k + (int64_t)target.num_kv_heads * dim;
+        if (call.whole_k) norm_head(k, call.k_norm, target.num_kv_heads * dim, call.epsilon);
         for (int h = 0; h < target.num_kv_heads; ++h, k += dim, v += dim) {
-            if (call.k_norm) norm_head(k, call.k_norm, dim, call.epsilon);
+            if (call.k_norm && !call.whole_k) norm_head(k, call.k_norm, dim, call.epsilon);
             rotate_head(k, k, cos, sin, call.rotary_dim, dim);
             store_key(target, call.slots[row], h, k, v);
         }

@@ -262,7 +262,10 @@ TL_INLINE void put(const LinearCall& call, int64_t row, Columns at, F y) {
         return;
     }
     float* p = (float*)call.out + row * call.out_stride + at.at;
-    if (call.epilogue == Epilogue::residual) y = add(load(p, at.count), y);
+    if (call.epilogue == Epilogue::residual) {
+        if (call.scale != 1.0f) y = mul(y, set(call.scale));
+        y = add(load(p, at.count), y);
+    }
     store(p, y, at.count);
 }
 
@@ -282,6 +285,8 @@ TL_NOINLINE void finish(const LinearCall& call, int64_t panel, int64_t row, int6
         }
         if (call.epilogue == Epilogue::silu_mul) {
             put(call, r, at[0], silu_mul(y[0], y[1]));
+        } else if (call.epilogue == Epilogue::gelu_mul) {
+            put(call, r, at[0], gelu_mul(y[0], y[1]));
         } else {
             for (int half = 0; half < 2; ++half)
                 if (at[half].count) put(call, r, at[half], y[half]);

@@ -18,11 +18,12 @@ TL_INLINE F load_or_lowest(const float* p, int n) {
     return n == kLanes ? load(p) : select(first(n), load(p, n), set(-kInfinity));
 }
 
-static void finish(float* logits, int64_t n, float softcap) {
-    const F cap = set(softcap), lowest = set(-kInfinity), largest = set(kLargest);
+static void finish(float* logits, int64_t n, float softcap, float divisor) {
+    const F cap = set(softcap), by = set(divisor), lowest = set(-kInfinity), largest = set(kLargest);
     for (int64_t i = 0; i < n; i += kLanes) {
         int lanes = lanes_left(i, n);
         F x = load(logits + i, lanes);
+        if (divisor != 1) x = div(x, by);
         if (softcap != 0) x = mul(tanh(div(x, cap)), cap);
         // max and min give their second operand where the first is NaN.
         store(logits + i, min(max(x, lowest), largest), lanes);

@@ -71,7 +71,7 @@ class NativeBackend:
         self._model.kv(
             kv_dtype, kv.num_layers, kv.num_kv_heads, kv.head_dim, num_frames, frame_bytes, pages_per_frame
         )
-        self._model.rope(*(np.ascontiguousarray(table, np.float32) for table in rope))
+        self._model.rope(*(np.ascontiguousarray(table, np.float32) for table in rope), program.num_rope_tables)
         self._buffers = {
             spec.name: self._model.buffer(spec.width, spec.dtype == "activation") for spec in program.buffers
         }
@@ -147,6 +147,9 @@ class NativeBackend:
         if missing:
             raise ValueError(f"weights {missing} are missing")
         packed = {name: self._packed(specs[name]) for name in specs if name in self._weights}
+        for spec in specs.values():
+            if spec.offset:
+                packed[spec.name] = packed[spec.name] + np.float32(spec.offset)
         for op in self.program.ops:
             if isinstance(op, Embed):
                 self._embed(op, packed[op.weight])
@@ -161,12 +164,12 @@ class NativeBackend:
                 q_norm, k_norm = (None if n is None else packed[n] for n in (op.q_norm, op.k_norm))
                 self._model.rope_store(
                     self._buffers[op.source], self._buffers[op.out], op.layer, op.num_heads, op.rotary_dim,
-                    q_norm, k_norm, op.epsilon,
+                    q_norm, k_norm, op.epsilon, op.table,
                 )  # fmt: skip
             else:
                 self._attention(op)
         head = self.program.head
-        self._model.head(self._buffers[head.source], packed[head.weight], head.softcap or 0.0)
+        self._model.head(self._buffers[head.source], packed[head.weight], head.softcap or 0.0, head.divisor)
         self._model.finish()
         self.weight_sizes = {
             name: (weight.format, weight.nbytes)
@@ -189,20 +192,32 @@ class NativeBackend:
         if isinstance(weight, PackedTable):
             values = weight.values
             raw = values.view(np.uint16) if values.dtype.itemsize == 2 else values
-            self._model.embed_table(raw, _TABLE_TYPES[values.dtype], self._buffers[op.out])
+            self._model.embed_table(raw, _TABLE_TYPES[values.dtype], self._buffers[op.out], op.scale)
         else:
-            self._model.embed(weight, self._buffers[op.out])
+            self._model.embed(weight, self._buffers[op.out], op.scale)
 
     def _linear(self, op: Linear, packed: Mapping[str, Any]) -> None:
         bias = None if op.bias is None else packed.get(op.bias)
         delta = -1 if op.delta is None else self._buffers[op.delta]
         self._model.linear(
-            self._buffers[op.source], packed[op.weight], self._buffers[op.out], bias, op.epilogue, delta
+            self._buffers[op.source],
+            packed[op.weight],
+            self._buffers[op.out],
+            bias,
+            op.epilogue,
+            delta,
+            op.scale,
         )
 
     def _attention(self, op: Attention) -> None:
         self._model.attention(
-            self._buffers[op.source], self._buffers[op.out], op.layer, op.num_heads, op.scale, op.window or 0
+            self._buffers[op.source],
+            self._buffers[op.out],
+            op.layer,
+            op.num_heads,
+            op.scale,
+            op.window or 0,
+            op.softcap or 0.0,
         )
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tokenloom.kernels.native import extension
 from tokenloom.kernels.native.weights import INT4_GROUP, PackedTable, shrinks
-from tokenloom.kernels.program import Embed, Linear, Program
+from tokenloom.kernels.program import PAIRED, Embed, Linear, Program
 
 Sources = Mapping[str, Sequence[tuple[str, int]]]
 """By name of each weight that will be packed, its sources as stored: (float32, bfloat16 or float16, 0), or
@@ -39,7 +39,7 @@ def expected_forms(
     the program."""
     linears = [op for op in program.ops if isinstance(op, Linear)]
     multiplied = {op.weight for op in linears} | {program.head.weight}
-    paired = {op.weight for op in linears if op.epilogue == "silu_mul"}
+    paired = {op.weight for op in linears if op.epilogue in PAIRED}
     tables = {op.weight for op in program.ops if isinstance(op, Embed)} - multiplied
     forms: dict[str, WeightForm] = {}
     for spec in program.weights:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tokenloom.errors import UnsupportedFeature
 from tokenloom.kernels.native import extension
-from tokenloom.kernels.program import Embed, Linear, Program, WeightSpec
+from tokenloom.kernels.program import PAIRED, Embed, Linear, Program, WeightSpec
 
 INT4_GROUP = 64
 """Weights that share a scale when they are rounded to 4 bits at load; a divisor of the usual sizes."""
@@ -52,9 +52,9 @@ class WeightPacker:
         self._roundings = roundings
         linears = [op for op in program.ops if isinstance(op, Linear)]
         self._multiplied = {op.weight for op in linears} | {program.head.weight}
-        self._paired = {op.weight for op in linears if op.epilogue == "silu_mul"}
+        self._paired = {op.weight for op in linears if op.epilogue in PAIRED}
         if self._paired & (
-            {op.weight for op in linears if op.epilogue != "silu_mul"} | {program.head.weight}
+            {op.weight for op in linears if op.epilogue not in PAIRED} | {program.head.weight}
         ):
             raise UnsupportedFeature(
                 "a weight under silu_mul and without it", "packed weights have one layout"

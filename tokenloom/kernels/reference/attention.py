@@ -228,15 +228,16 @@ def run_attention(op: Attention, group: Group, pool: KVPool, source: Float32, ou
     placed = _by_query(queries, shape)[:, :, :num_queries, : shape.group]
     rows = _row_index(group.rows)
     np.multiply(source[rows].reshape(heads).transpose(0, 2, 1, 3, 4), np.float32(op.scale), out=placed)
-    result = _attend(op.layer, group, pool, queries)
+    result = _attend(op, group, pool, queries)
     placed = _by_query(result, shape)[:, :, :num_queries, : shape.group]
     out[rows] = placed.transpose(0, 2, 1, 3, 4).reshape(count * num_queries, -1)
 
 
-def _attend(layer: int, group: Group, pool: KVPool, queries: Float32) -> Float32:
+def _attend(op: Attention, group: Group, pool: KVPool, queries: Float32) -> Float32:
     """Queries [S, H, tiles, rows, dim], scaled -> the weighted values in the same layout."""
     count, heads, _, _, dim = queries.shape
     best = total = weighted = np.zeros(0, np.float32)
+    layer, cap = op.layer, None if op.softcap is None else np.float32(op.softcap)
     for part in group.ranges:
         stored = pool.gather(layer, part.frames, part.pages)
         if part.tree is not None:
@@ -246,6 +247,10 @@ def _attend(layer: int, group: Group, pool: KVPool, queries: Float32) -> Float32
         stored = stored.reshape(count, 2, heads, 1, -1, SPLIT, dim)
         keys, values = stored[:, 0], stored[:, 1]
         scores = np.matmul(queries[:, :, part.first_tile :, None], keys.swapaxes(-1, -2))
+        if cap is not None:
+            scores /= cap
+            np.tanh(scores, out=scores)
+            scores *= cap
         if part.ceiling is not None:
             # fmin and not an addition: a stale key may give NaN or infinity, which must not get through.
             np.fmin(scores, part.ceiling, out=scores)

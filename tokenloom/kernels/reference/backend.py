@@ -49,7 +49,7 @@ class ReferenceBackend:
         interpreter = Interpreter(program, weights, rope, pool, dtype, self._workers)
         self._parts: tuple[Interpreter, Sampler] | None = (
             interpreter,
-            Sampler(interpreter.head, program.head.softcap),
+            Sampler(interpreter.head, program.head.softcap, program.head.divisor),
         )
         self._vocab_size = program.vocab_size
         self._max_context = len(rope[0])

@@ -42,7 +42,12 @@ class Step:
     """One batch on its way through the program. `rows` is T, `padded_rows` T rounded up to row tiles."""
 
     def __init__(
-        self, batch: TokenBatch, buffers: dict[str, Float32], tables: tuple[Float32, Float32], pool: KVPool
+        self,
+        batch: TokenBatch,
+        buffers: dict[str, Float32],
+        tables: tuple[Float32, Float32],
+        num_tables: int,
+        pool: KVPool,
     ) -> None:
         self.rows = batch.num_rows
         self.padded_rows = padded(self.rows, ROW_TILE)
@@ -51,8 +56,11 @@ class Step:
         cos, sin = tables
         positions = np.zeros(self.padded_rows, np.intp)
         positions[: self.rows] = batch.positions
-        self.cos = cos[positions][:, None]
-        self.sin = sin[positions][:, None]
+        length = len(cos) // num_tables
+        self.turns = [
+            (cos[positions + i * length][:, None], sin[positions + i * length][:, None])
+            for i in range(num_tables)
+        ]
         self._batch = batch
         self._pool = pool
         self._plans: dict[tuple[HeadShape, int | None], AttentionPlan] = {}
@@ -79,7 +87,7 @@ class Interpreter:
     """A program with its weights, ready to run.
 
     `weights` maps the names of `program.weights` to arrays of fp32, bfloat16 (ml_dtypes) or float16 in the
-    spec's shape; optional ones may be absent. `rope` is (cos, sin), fp32 [max_context, rotary_dim / 2].
+    spec's shape; optional ones may be absent. `rope` is (cos, sin), fp32 [tables * max_context, rotary_dim / 2].
     Raises `UnsupportedFeature` for a dtype that is none of `DTYPES`, ValueError for a weight that is missing
     or has another shape.
     """
@@ -102,7 +110,7 @@ class Interpreter:
         self._rope = rope
         self._rounds = dtype == "bfloat16"
         self._weights = {
-            spec.name: _checked(weights[spec.name], spec.name, spec.shape)
+            spec.name: _shifted(_checked(weights[spec.name], spec.name, spec.shape), spec.offset)
             for spec in program.weights
             if not (spec.optional and spec.name not in weights)
         }
@@ -120,7 +128,7 @@ class Interpreter:
         """The rows that the head reads, fp32 [T, width]: a view that the next call overwrites."""
         self._pool.copy_pages(batch.page_copies)
         self._reserve(padded(batch.num_rows, ROW_TILE))
-        step = Step(batch, self._buffers, self._rope, self._pool)
+        step = Step(batch, self._buffers, self._rope, self.program.num_rope_tables, self._pool)
         # Silent overflow and NaN are those of one row: a broken request must not flood the log.
         with np.errstate(all="ignore"):
             for op in self._ops:
@@ -164,12 +172,14 @@ class Interpreter:
 
     def _embed(self, op: Embed) -> CompiledOp:
         table, out, width = self._weights[op.weight], op.out, self._widths[op.out]
-        rounds = self._rounds
+        rounds, scale = self._rounds, np.float32(op.scale)
 
         def run(step: Step) -> None:
             rows = _float32(table[step.token_ids])
             if rounds:
                 round_bfloat16(rows)
+            if scale != 1:
+                rows *= scale
             step.wide[out][: step.rows, :width] = rows
 
         return run
@@ -194,7 +204,7 @@ class Interpreter:
         bias = _float32(self._weights[op.bias]) if op.bias is not None and op.bias in self._weights else None
         source, out, delta, epilogue = op.source, op.out, op.delta, op.epilogue
         depth, width, columns = packed.depth, self._widths[op.out], packed.num_columns
-        rounds, direct = op.out in self._rounded, op.epilogue == "none"
+        rounds, direct, scale = op.out in self._rounded, op.epilogue == "none", np.float32(op.scale)
 
         def block(step: Step, begin: int) -> None:
             rows = slice(begin, min(begin + _BLOCK_ROWS, step.padded_rows))
@@ -207,9 +217,13 @@ class Interpreter:
             if delta is not None:
                 y += step.wide[delta][rows, :columns]
             if epilogue == "residual":
+                if scale != 1:
+                    y *= scale
                 target[:, :width] += y
             elif epilogue == "silu_mul":
                 _silu_mul(y, target[:, :width])
+            elif epilogue == "gelu_mul":
+                _gelu_mul(y, target[:, :width])
             if rounds:
                 round_bfloat16(target[:, :width])
 
@@ -234,16 +248,20 @@ class Interpreter:
         def run(step: Step) -> None:
             rows = step.wide[source][:, :width]
             heads = rows.reshape(step.padded_rows, q_heads + 2 * kv_heads, dim)
+            cos, sin = step.turns[op.table]
             for part, weight in norms:
-                _rms_norm(heads[:, part], weight, epsilon, heads[:, part])
+                target = heads[:, part]
+                if len(weight) != dim:
+                    target = rows[:, part.start * dim : part.stop * dim]
+                _rms_norm(target, weight, epsilon, target)
             first, second = (
                 heads[:, : q_heads + kv_heads, :half],
                 heads[:, : q_heads + kv_heads, half : 2 * half],
             )
-            turned = first * step.cos
-            turned -= second * step.sin
-            second *= step.cos
-            second += first * step.sin
+            turned = first * cos
+            turned -= second * sin
+            second *= cos
+            second += first * sin
             first[...] = turned
             step.wide[out][:, :q_size] = rows[:, :q_size]
             kv = heads[: step.rows, q_heads:].reshape(step.rows, 2, kv_heads, dim)
@@ -289,11 +307,32 @@ def _silu_mul(gate_up: Float32, out: Float32) -> None:
     np.multiply(scale, up, out=out)
 
 
+def _gelu_mul(gate_up: Float32, out: Float32) -> None:
+    """The gelu_mul epilogue of `Linear`: fp32 [R, 2 N] -> [R, N]."""
+    width = out.shape[1]
+    gate, up = gate_up[:, :width], gate_up[:, width:]
+    inner = gate * gate
+    inner *= gate
+    inner *= np.float32(0.044715)
+    inner += gate
+    inner *= np.float32(0.7978845608028654)
+    np.tanh(inner, out=inner)
+    inner += _ONE
+    inner *= gate
+    inner *= np.float32(0.5)
+    np.multiply(inner, up, out=out)
+
+
 def _float32(array: NDArray[Any]) -> Float32:
     """The same values in fp32; not a copy where they are already."""
     if array.dtype == ml_dtypes.bfloat16:
         return from_bfloat16_bits(array.view(np.uint16))
     return array.astype(np.float32, copy=False)
+
+
+def _shifted(array: NDArray[Any], offset: float) -> NDArray[Any]:
+    """`WeightSpec.offset` added."""
+    return _float32(array) + np.float32(offset) if offset else array
 
 
 def _checked(array: NDArray[Any], name: str, shape: tuple[int, ...]) -> NDArray[Any]:

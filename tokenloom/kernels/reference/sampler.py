@@ -34,9 +34,10 @@ _TINY = np.float32(2.0**-32)
 class Sampler:
     """The head of a program: its weight, its softcap, and the draws."""
 
-    def __init__(self, weight: PackedLinear, softcap: float | None = None) -> None:
+    def __init__(self, weight: PackedLinear, softcap: float | None = None, divisor: float = 1.0) -> None:
         self._weight = weight
         self._softcap = softcap
+        self._divisor = np.float32(divisor)
         self._vocab_size = weight.num_columns
 
     def sample(self, hidden: Float32, entries: LogitRows) -> StepResult:
@@ -66,6 +67,8 @@ class Sampler:
         wide = np.empty((len(source), self._weight.padded_columns), np.float32)
         self._weight.multiply(source, wide)
         logits = wide[:count, : self._vocab_size]
+        if self._divisor != 1:
+            logits /= self._divisor
         if self._softcap is not None:
             cap = np.float32(self._softcap)
             logits = np.tanh(logits / cap) * cap
