@@ -37,6 +37,8 @@ Epilogue find_epilogue(const std::string& name) {
     if (name == "silu_mul") return Epilogue::silu_mul;
     if (name == "residual") return Epilogue::residual;
     if (name == "gelu_mul") return Epilogue::gelu_mul;
+    if (name == "gelu") return Epilogue::gelu;
+    if (name == "relu") return Epilogue::relu;
     refuse("epilogue " + name + " is none of none, silu_mul, gelu_mul, residual");
 }
 

@@ -65,6 +65,8 @@ Epilogue epilogue_of(const std::string& name) {
     if (name == "silu_mul") return Epilogue::silu_mul;
     if (name == "residual") return Epilogue::residual;
     if (name == "gelu_mul") return Epilogue::gelu_mul;
+    if (name == "gelu") return Epilogue::gelu;
+    if (name == "relu") return Epilogue::relu;
     refuse("epilogue " + name);
 }
 
@@ -266,6 +268,19 @@ void bind_model(nb::module_& m) {
                  self.add_embed_table(std::vector<uint8_t>(bytes, bytes + table.nbytes()), table_dtype(dtype),
                                       static_cast<int64_t>(table.shape(0)), out, scale);
              })
+        .def("embed_positions",
+             [](Model& self, Array<float> table, int64_t offset, int out) {
+                 if (table.ndim() != 2) refuse("a table of positions must have two dimensions");
+                 self.add_positions(std::make_shared<const std::vector<float>>(table.data(), table.data() + table.size()),
+                                    offset, out);
+             },
+             nb::arg("table"), nb::arg("offset"), nb::arg("out"))
+        .def("cast", &Model::add_cast, nb::arg("source"), nb::arg("add"), nb::arg("out"))
+        .def("layer_norm",
+             [](Model& self, int source, Array<float> weight, std::optional<Array<float>> bias, int out, float epsilon) {
+                 self.add_layer_norm(source, vector_of(weight), vector_of(bias), out, epsilon);
+             },
+             nb::arg("source"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("out"), nb::arg("epsilon"))
         .def("rms_norm",
              [](Model& self, int source, int add, Array<float> weight, int out, float epsilon) {
                  self.add_norm(source, add, vector_of(weight), out, epsilon);

@@ -20,7 +20,7 @@ constexpr int kVocabTile = 1024; // tokens of a tile of a reduction over the voc
 constexpr int kAlign = 64;
 
 enum class Format : int32_t { f32 = 0, bf16 = 1, i8 = 2, i4 = 3 };
-enum class Epilogue : int32_t { none = 0, silu_mul = 1, residual = 2, gelu_mul = 3 };
+enum class Epilogue : int32_t { none = 0, silu_mul = 1, residual = 2, gelu_mul = 3, gelu = 4, relu = 5 };
 
 // Of a gate and an up column each.
 inline bool is_paired(Epilogue e) { return e == Epilogue::silu_mul || e == Epilogue::gelu_mul; }

@@ -252,6 +252,39 @@ void Model::run(const NormOp& op, int64_t rows, int thread) {
           [&](int64_t begin, int64_t end) { rows_.rms_norm(call, begin, end); });
 }
 
+void Model::run(const PositionsOp& op, int64_t rows, int thread) {
+    Activation& out = buffer(op.out);
+    phase(thread, rows, shares(), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            const float* from = op.table->data() + (batch_->positions[row] + op.offset) * out.width;
+            float* to = out.f32() + row * out.stride;
+            for (int64_t i = 0; i < out.width; ++i) to[i] += from[i];
+        }
+    });
+}
+
+void Model::run(const CastOp& op, int64_t rows, int thread) {
+    Activation &source = buffer(op.source), &out = buffer(op.out);
+    phase(thread, rows, shares(), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            if (op.add >= 0) {
+                const float* more = buffer(op.add).f32() + row * buffer(op.add).stride;
+                float* x = source.f32() + row * source.stride;
+                for (int64_t i = 0; i < source.width; ++i) x[i] += more[i];
+            }
+            rows_.narrow(source.f32() + row * source.stride, source.width, out.dtype,
+                         out.memory.data() + row * out.row_bytes());
+        }
+    });
+}
+
+void Model::run(const LayerNormOp& op, int64_t rows, int thread) {
+    Activation &source = buffer(op.source), &out = buffer(op.out);
+    const LayerNormCall call{source.f32(), source.stride, op.weight->data(), op.bias ? op.bias->data() : nullptr,
+                             out.memory.data(), out.stride, out.dtype, source.width, op.epsilon};
+    phase(thread, rows, shares(), [&](int64_t begin, int64_t end) { rows_.layer_norm(call, begin, end); });
+}
+
 void Model::multiply(const PackedWeight& weight, LinearCall call, int thread) {
     const PackedMatrix& m = weight.matrix;
     if (m.format == Format::i8 || m.format == Format::i4) {

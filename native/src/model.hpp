@@ -45,6 +45,19 @@ struct EmbedOp {
     int out;
     float scale;
 };
+struct PositionsOp {
+    Vector table;  // [positions, width]
+    int64_t offset;
+    int out;
+};
+struct CastOp {
+    int source, add, out;  // add -1: none
+};
+struct LayerNormOp {
+    int source, out;
+    Vector weight, bias;
+    float epsilon;
+};
 struct NormOp {
     int source, add, out;  // add -1: none
     Vector weight;
@@ -69,7 +82,7 @@ struct AttentionOp {
     bool in_tail;
     AttentionShape shape;
 };
-using Op = std::variant<EmbedOp, NormOp, LinearOp, RopeOp, AttentionOp>;
+using Op = std::variant<EmbedOp, NormOp, LinearOp, RopeOp, AttentionOp, PositionsOp, CastOp, LayerNormOp>;
 
 // Entries of a step that want a token or a score, and where their results go.
 struct Entries {
@@ -93,6 +106,9 @@ class Model {
     void set_rope(std::vector<float> cos, std::vector<float> sin, int64_t positions, int64_t half, int64_t tables);
     void add_embed_packed(Weight weight, int out, float scale);
     void add_embed_table(std::vector<uint8_t> table, TableDtype dtype, int64_t vocab, int out, float scale);
+    void add_positions(Vector table, int64_t offset, int out);
+    void add_cast(int source, int add, int out);
+    void add_layer_norm(int source, Vector weight, Vector bias, int out, float epsilon);
     void add_norm(int source, int add, Vector weight, int out, float epsilon);
     void add_linear(int source, Weight weight, int out, Vector bias, Epilogue epilogue, int delta, float scale);
     void add_rope(int source, int out, int layer, int num_heads, int rotary_dim, Vector q_norm, Vector k_norm,
@@ -137,6 +153,9 @@ class Model {
     void run(const EmbedOp& op, int64_t rows, int thread);
     void run(const NormOp& op, int64_t rows, int thread);
     void run(const LinearOp& op, int64_t rows, int thread);
+    void run(const PositionsOp& op, int64_t rows, int thread);
+    void run(const CastOp& op, int64_t rows, int thread);
+    void run(const LayerNormOp& op, int64_t rows, int thread);
     void run(const RopeOp& op, int64_t rows, int thread);
     void run(const AttentionOp& op, int64_t rows, int thread);
     void compact(int thread);

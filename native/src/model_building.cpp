@@ -63,6 +63,30 @@ void Model::add_norm(int source, int add, Vector weight, int out, float epsilon)
     ops_.push_back(NormOp{source, add, out, std::move(weight), epsilon});
 }
 
+void Model::add_positions(Vector table, int64_t offset, int out) {
+    const Activation& to = buffers_.at(static_cast<size_t>(out));
+    const int64_t size = static_cast<int64_t>(table->size());
+    if (to.dtype != Dtype::f32 || size % to.width || offset < 0 || size / to.width < offset + max_positions_)
+        refuse("positions: the table is not as wide as the buffer, or has fewer rows than there are positions");
+    ops_.push_back(PositionsOp{std::move(table), offset, out});
+}
+
+void Model::add_cast(int source, int add, int out) {
+    const int64_t width = buffers_.at(static_cast<size_t>(source)).width;
+    bool fits = buffers_.at(static_cast<size_t>(out)).width == width && buffer(source).dtype == Dtype::f32;
+    if (add >= 0) fits = fits && buffers_.at(static_cast<size_t>(add)).width == width && buffer(add).dtype == Dtype::f32;
+    if (!fits) refuse("cast: widths differ, or the source is not fp32");
+    ops_.push_back(CastOp{source, add, out});
+}
+
+void Model::add_layer_norm(int source, Vector weight, Vector bias, int out, float epsilon) {
+    const int64_t width = buffers_.at(static_cast<size_t>(source)).width;
+    if (buffers_.at(static_cast<size_t>(out)).width != width || static_cast<int64_t>(weight->size()) != width ||
+        (bias && static_cast<int64_t>(bias->size()) != width) || buffer(source).dtype != Dtype::f32)
+        refuse("layer_norm: widths differ, or the source is not fp32");
+    ops_.push_back(LayerNormOp{source, out, std::move(weight), std::move(bias), epsilon});
+}
+
 void Model::add_linear(int source, Weight weight, int out, Vector bias, Epilogue epilogue, int delta, float scale) {
     const PackedMatrix& m = weight->matrix;
     const Activation& from = buffers_.at(static_cast<size_t>(source));
@@ -151,8 +175,8 @@ void Model::find_tail() {
     };
     auto fill = [&](int index) { filled[static_cast<size_t>(index)] = true; };
     for (size_t i = tail_begin_; i < ops_.size(); ++i) {
-        if (std::holds_alternative<EmbedOp>(ops_[i])) {
-            tail_begin_ = ops_.size();  // it asks for the token ids of all rows
+        if (std::holds_alternative<EmbedOp>(ops_[i]) || std::holds_alternative<PositionsOp>(ops_[i])) {
+            tail_begin_ = ops_.size();  // it asks for the token ids or positions of all rows
             carried_.clear();
             break;
         }
@@ -160,6 +184,13 @@ void Model::find_tail() {
             read(norm->source);
             read(norm->add);
             fill(norm->out);
+        } else if (const LayerNormOp* layer_norm = std::get_if<LayerNormOp>(&ops_[i])) {
+            read(layer_norm->source);
+            fill(layer_norm->out);
+        } else if (const CastOp* cast = std::get_if<CastOp>(&ops_[i])) {
+            read(cast->source);
+            read(cast->add);
+            fill(cast->out);
         } else if (const LinearOp* linear = std::get_if<LinearOp>(&ops_[i])) {
             read(linear->source);
             read(linear->delta);
@@ -175,7 +206,8 @@ void Model::find_tail() {
 }
 
 std::string Model::op_name(int64_t index) const {
-    static const char* const names[] = {"embed", "rms_norm", "linear", "rope_store", "attention"};
+    static const char* const names[] = {"embed", "rms_norm", "linear", "rope_store", "attention",
+                                        "embed_positions", "cast", "layer_norm"};
     int64_t ops = num_ops();
     if (index == ops) return "head";
     if (index == ops + 1) return "plan";

@@ -19,10 +19,23 @@ struct RMSNormCall {
     float epsilon;
 };
 
+struct LayerNormCall {
+    const float* source;
+    int64_t source_stride;
+    const float* weight;  // [width]
+    const float* bias;    // [width] or null
+    void* out;
+    int64_t out_stride;
+    Dtype out_dtype;
+    int64_t width;
+    float epsilon;
+};
+
 enum class TableDtype : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
 struct RowKernels {
     void (*rms_norm)(const RMSNormCall& call, int64_t begin, int64_t end);
+    void (*layer_norm)(const LayerNormCall& call, int64_t begin, int64_t end);
     // One row of an embedding table as fp32; `rounded`: through bfloat16.
     void (*widen)(const void* source, TableDtype dtype, int64_t width, bool rounded, float* out);
     // fp32 to the type of an activation buffer, in one row.

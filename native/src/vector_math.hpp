@@ -68,11 +68,11 @@ TL_INLINE F tanh(F x) {
     return select(lt(size, set(0.625f)), near, far);
 }
 
-// 0.5 * gate * (1 + tanh(sqrt(2 / pi) * (gate + 0.044715 * gate^3))) * up (spec.gelu_mul).
-TL_INLINE F gelu_mul(F gate, F up) {
-    F cube = mul(mul(gate, gate), gate);
-    F inner = mul(add(mul(cube, set(0.044715f)), gate), set(0.7978845608028654f));
-    return mul(mul(mul(add(tanh(inner), set(1.0f)), gate), set(0.5f)), up);
+// 0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))) (spec.gelu).
+TL_INLINE F gelu(F x) {
+    F cube = mul(mul(x, x), x);
+    F inner = mul(add(mul(cube, set(0.044715f)), x), set(0.7978845608028654f));
+    return mul(mul(add(tanh(inner), set(1.0f)), x), set(0.5f));
 }
 
 }  // namespace TL_ISA

@@ -69,9 +69,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_bias": True,
         },
     ),
+    "olmo2": ("Olmo2", {"attention_bias": True}),
+    "stablelm": ("StableLm", {"use_qkv_bias": True, "hidden_size": 64, "partial_rotary_factor": 0.25}),
+    "stablelm, parallel": ("StableLm", {"use_parallel_residual": True, "hidden_size": 64}),
+    "gpt2": ("GPT2", {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 256}),
+    "opt": ("OPT", {"ffn_dim": 80, "word_embed_proj_dim": 48, "init_std": 0.15}),
     "phi3": ("Phi3", {"sliding_window": 130}),
     "phi3, partial": ("Phi3", {"hidden_size": 64, "partial_rotary_factor": 0.75}),
 }
+
+
+def architecture(kind: str) -> str:
+    return "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
 
 
 @functools.cache
@@ -83,7 +92,7 @@ def theirs(name: str) -> Any:
     )
     config._attn_implementation = "eager"
     torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    model = getattr(transformers, architecture(kind))(config)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "norm" in key or key.endswith("bias"):
@@ -111,7 +120,10 @@ def ours(name: str, numerics: Numerics) -> LocalExecutor:
         config = hf_config.read_config(folder)
     program = registry.build_program(config)
     state = {key: tensor.detach().numpy() for key, tensor in model.state_dict().items()}
-    weights = {spec.name: np.concatenate([state[key] for key in spec.sources]) for spec in program.weights}
+    weights = {
+        spec.name: np.concatenate([state[key].T if spec.transposed else state[key] for key in spec.sources])
+        for spec in program.weights
+    }
     return LocalExecutor(
         program,
         prepared(program, weights, numerics),
@@ -164,4 +176,4 @@ def test_formats_stay_near_and_do_not_depend_on_chunks(name: str, numerics: Nume
 
 def test_every_family_is_here() -> None:
     kinds = {kind for kind, _ in FAMILIES.values()}
-    assert {family.architecture for family in registry.FAMILIES.values()} == {f"{k}ForCausalLM" for k in kinds}
+    assert {family.architecture for family in registry.FAMILIES.values()} == set(map(architecture, kinds))

@@ -21,7 +21,7 @@ SPLIT = 128
 """Keys per split of attention: a constant of the numerics contract."""
 
 BufferDtype = Literal["float32", "activation"]
-Epilogue = Literal["none", "silu_mul", "gelu_mul", "residual"]
+Epilogue = Literal["none", "silu_mul", "gelu_mul", "gelu", "relu", "residual"]
 PAIRED: tuple[Epilogue, ...] = ("silu_mul", "gelu_mul")
 """Epilogues that make one number of a gate and an up column."""
 
@@ -68,6 +68,36 @@ class Embed:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbedPositions:
+    """out[row] += weight[positions[row] + offset] in fp32: learned positions."""
+
+    weight: str
+    out: str
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """out = source (fp32), rounded to the dtype of `out`. With `add`, source += add (stored) comes first."""
+
+    source: str
+    out: str
+    add: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNorm:
+    """out = d * (1 / sqrt(mean(d^2) + epsilon)) * weight + bias with d = source - mean(source), in fp32, rounded
+    to the dtype of `out` (Ba et al. 2016)."""
+
+    source: str
+    weight: str
+    out: str
+    epsilon: float
+    bias: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RMSNorm:
     """out = (source * (1 / sqrt(mean(source^2) + epsilon))) * weight, in fp32, rounded to the dtype of `out`.
 
@@ -88,7 +118,7 @@ class Linear:
 
     none: out = y. residual: out += y * scale (the product rounded, and left out where scale is 1). silu_mul:
     weight stacks gate and up, y = [g, u] and out = (g / (1 + exp(-g))) * u, half as wide. gelu_mul: likewise
-    with gelu of g in its tanh form (Hendrycks and Gimpel 2016). The result is rounded once to the dtype of
+    with gelu of g in its tanh form (Hendrycks and Gimpel 2016). gelu, relu: out = that of y. The result is rounded once to the dtype of
     `out`. `delta` names an fp32 buffer as wide as y (an adapter's product); it is added before the epilogue.
     """
 
@@ -150,7 +180,7 @@ class Attention:
     softcap: float | None = None
 
 
-Op = Embed | RMSNorm | Linear | RopeStore | Attention
+Op = Embed | EmbedPositions | Cast | LayerNorm | RMSNorm | Linear | RopeStore | Attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,18 +255,37 @@ class ProgramBuilder:
         return self._buffers[name].width
 
     def weight(
-        self, sources: str | tuple[str, ...], *shape: int, optional: bool = False, offset: float = 0.0
+        self,
+        sources: str | tuple[str, ...],
+        *shape: int,
+        optional: bool = False,
+        offset: float = 0.0,
+        transposed: bool = False,
     ) -> str:
         """Declare a weight made of the Hugging Face tensors `sources`."""
         names = (sources,) if isinstance(sources, str) else sources
         name = "+".join(names)
-        spec = WeightSpec(name, shape, names, optional, offset=offset)
+        spec = WeightSpec(name, shape, names, optional, transposed, offset)
         if self._weights.setdefault(name, spec) != spec:
             raise ValueError(f"weight {name} is declared as {self._weights[name]} and as {spec}")
         return name
 
     def embed(self, weight: str, out: str, *, scale: float = 1.0) -> str:
         self._ops.append(Embed(weight, out, scale))
+        return out
+
+    def embed_positions(self, weight: str, out: str, *, offset: int = 0) -> str:
+        self._ops.append(EmbedPositions(weight, out, offset))
+        return out
+
+    def cast(self, source: str, out: str, *, add: str | None = None) -> str:
+        self._ops.append(Cast(source, out, add))
+        return out
+
+    def layer_norm(
+        self, source: str, weight: str, out: str, epsilon: float, *, bias: str | None = None
+    ) -> str:
+        self._ops.append(LayerNorm(source, weight, out, epsilon, bias))
         return out
 
     def rms_norm(self, source: str, weight: str, out: str, epsilon: float, *, add: str | None = None) -> str:
@@ -380,6 +429,27 @@ class _Checker:
         _, width = self.weight(op.weight, self.vocab_size, -1)
         self.write(op.out, width)
 
+    def embed_positions(self, op: EmbedPositions) -> None:
+        rows, _ = self.weight(op.weight, -1, self.read(op.out))
+        self.exact(op.out, "positions are added to it")
+        if not 0 <= op.offset < rows:
+            raise ValueError(f"positions from {op.offset} on lie outside of {op.weight}")
+
+    def cast(self, op: Cast) -> None:
+        self.exact(op.source, "it is rounded")
+        width = self.read(op.source)
+        if op.add is not None:
+            self.read(op.add, width)
+        self.write(op.out, width)
+
+    def layer_norm(self, op: LayerNorm) -> None:
+        width = self.read(op.source)
+        self.exact(op.source, "it is normed")
+        self.weight(op.weight, width)
+        if op.bias is not None:
+            self.weight(op.bias, width)
+        self.write(op.out, width)
+
     def rms_norm(self, op: RMSNorm) -> None:
         width = self.read(op.source)
         if op.add is not None:
@@ -446,6 +516,12 @@ def _check(program: Program) -> None:
     for op in program.ops:
         if isinstance(op, Embed):
             checker.embed(op)
+        elif isinstance(op, EmbedPositions):
+            checker.embed_positions(op)
+        elif isinstance(op, Cast):
+            checker.cast(op)
+        elif isinstance(op, LayerNorm):
+            checker.layer_norm(op)
         elif isinstance(op, RMSNorm):
             checker.rms_norm(op)
         elif isinstance(op, Linear):

@@ -263,11 +263,16 @@ def silu_mul(gate: Float32, up: Float32) -> Float32:
     return gate / (np.float32(1) + exp(-gate)) * up
 
 
-def gelu_mul(gate: Float32, up: Float32) -> Float32:
-    """0.5 * gate * (1 + tanh(sqrt(2 / pi) * (gate + 0.044715 * gate^3))) * up."""
-    cube = gate * gate * gate
-    inner = (cube * np.float32(0.044715) + gate) * np.float32(0.7978845608028654)
-    return (tanh(inner) + np.float32(1)) * gate * np.float32(0.5) * up
+def gelu(x: Float32) -> Float32:
+    """0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3)))."""
+    inner = (x * x * x * np.float32(0.044715) + x) * np.float32(0.7978845608028654)
+    return (tanh(inner) + np.float32(1)) * x * np.float32(0.5)
+
+
+def layer_norm(x: Float32, weight: Float32, bias: Float32 | None, epsilon: float) -> Float32:
+    """One row, fp32 [n]: `rms_norm` of x - sum(x) / n, and the bias added."""
+    normed = rms_norm(x - lane_sum(x) / np.float32(len(x)), weight, epsilon)
+    return normed if bias is None else normed + bias
 
 
 def attention(query: Float32, keys: Float32, values: Float32, scale: float, first: int = 0) -> Float32:

@@ -46,8 +46,9 @@ class ModelConfig:
     the checkpoint. `quantization` says how its linears are stored if they are quantised.
 
     `attention_bias` is that of q, k and v, `output_bias` that of the projection behind attention. `qk_norm`: an
-    RMSNorm over each head of q and k. `windows` has one entry per layer, the number of last tokens that it
-    sees or None for all; empty: all layers see all. `activation` is that of the gate. `embedding_scale`,
+    RMSNorm over each head of q and k, or over all heads together. `windows` has one entry per layer, the number of last tokens that it
+    sees or None for all; empty: all layers see all. `activation` is that of the MLP. `layer_norm`: norms
+    are LayerNorms with biases. `embedding_scale`,
     `residual_scale` and `logits_divisor` are factors of the embedding, of what a block adds to the residual
     stream, and below the logits; `attention_scale` is that of q (None: 1 / sqrt(head_dim)). `attention_softcap`
     and `logits_softcap` bound scores and logits. `norm_offset` is added to the weights of norms. `local_rope`
@@ -69,9 +70,11 @@ class ModelConfig:
     attention_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: Literal["none", "head", "all"] = "none"
+    parallel_residual: bool = False
     windows: tuple[int | None, ...] = ()
-    activation: Literal["silu", "gelu"] = "silu"
+    activation: Literal["silu", "gelu", "relu"] = "silu"
+    layer_norm: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     attention_scale: float | None = None

@@ -36,7 +36,12 @@ class Blocks:
         self.b.embed(self._embedding(), self.x, scale=self.config.embedding_scale)
 
     def norm(self, name: str, source: str, out: str, *, add: str | None = None) -> None:
-        """out = norm of source, to which `add` is added before."""
+        """out = norm of source, to which `add` is added before (no LayerNorm)."""
+        if self.config.layer_norm:
+            bias = self.b.weight(f"{name}.bias", self._width())
+            weight = self._norm_weight(name, self._width())
+            self.b.layer_norm(source, weight, out, self.config.rms_norm_eps, bias=bias)
+            return
         self.b.rms_norm(source, self._norm_weight(name, self._width()), out, self.config.rms_norm_eps, add=add)
 
     def attention(self, layer: int, out: str, *, residual: bool = True) -> None:
@@ -45,7 +50,12 @@ class Blocks:
         qkv = b.buffer("qkv", c.q_size + 2 * c.kv_size)
         q = b.buffer("q", c.q_size)
         attended = b.buffer("attended", c.q_size, "activation")
-        norms = [self._norm_weight(f"{p}{name}_norm", c.head_dim) for name in "qk" if c.qk_norm]
+        widths = (c.q_size, c.kv_size) if c.qk_norm == "all" else (c.head_dim, c.head_dim)
+        norms = [
+            self._norm_weight(f"{p}{name}_norm", width)
+            for name, width in zip("qk", widths, strict=True)
+            if c.qk_norm != "none"
+        ]
         window = c.window(layer)
         self._linear(self.normed, [p + name for name in self._qkv], c.q_size + 2 * c.kv_size, qkv, c.attention_bias)
         b.rope_store(

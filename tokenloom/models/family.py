@@ -23,7 +23,7 @@ class Family:
     does not offer. `partial_rotary`: `partial_rotary_factor` may be below 1. `rope_kinds` are its own names of
     rope types. `activation` is what `hidden_act` must be; None: `read` checks it. `default_theta`: the layers
     with a window have a RoPE table of their own, and these are the bases of the others and of theirs where the
-    file does not say.
+    file does not say. `names` are its words for common fields.
     """
 
     model_type: str
@@ -35,6 +35,7 @@ class Family:
     rope_kinds: Mapping[str, str] = field(default_factory=dict)
     activation: str | None = "silu"
     default_theta: tuple[float, float] | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def sliding_layers(

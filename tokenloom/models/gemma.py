@@ -84,7 +84,7 @@ def _read_gemma2(written: Fields, config: ModelConfig) -> ModelConfig:
 def _read_gemma3(written: Fields, config: ModelConfig) -> ModelConfig:
     period = written.integer("sliding_window_pattern", 1, 1 << 12, default=6)
     windows = sliding_layers(written, config, _alternating(config, period))
-    return replace(_common(written, config), windows=windows, qk_norm=True)
+    return replace(_common(written, config), windows=windows, qk_norm="head")
 
 
 GEMMA2 = Family(

@@ -98,6 +98,7 @@ def parse_config(data: Mapping[str, Any]) -> ModelConfig:
     """`data`, the object of a config.json, as a `ModelConfig`. Raises `ModelError` as `read_config` does."""
     family = _family(data)
     data = {**family.defaults, **data}
+    data |= {name: data[theirs] for name, theirs in family.names.items() if theirs in data}
     written = Fields(data, CONFIG_FILE)
     if family.activation is not None and data.get("hidden_act", family.activation) != family.activation:
         written.refuse("hidden_act", repr(family.activation))
@@ -119,7 +120,9 @@ def parse_config(data: Mapping[str, Any]) -> ModelConfig:
         family=family.model_type,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=written.integer("intermediate_size", 1, MAX_WIDTH),
+        intermediate_size=written.integer(
+            "intermediate_size", 1, MAX_WIDTH, default=4 * hidden_size if "intermediate_size" in family.names else None
+        ),
         num_layers=written.integer("num_hidden_layers", 1, MAX_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,

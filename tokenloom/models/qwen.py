@@ -28,7 +28,7 @@ def _read_qwen2(written: Fields, config: ModelConfig) -> ModelConfig:
 def _read_qwen3(written: Fields, config: ModelConfig) -> ModelConfig:
     bias = written.flag("attention_bias", False)
     return replace(
-        config, attention_bias=bias, output_bias=bias, qk_norm=True, windows=_windows(written, config)
+        config, attention_bias=bias, output_bias=bias, qk_norm="head", windows=_windows(written, config)
     )
 
 

@@ -9,14 +9,30 @@ from tokenloom.kernels.program import Program
 from tokenloom.models.config import ModelConfig
 from tokenloom.models.family import Family
 from tokenloom.models.gemma import GEMMA2, GEMMA3
+from tokenloom.models.gpt2 import GPT2, OPT
 from tokenloom.models.granite import GRANITE
 from tokenloom.models.llama import LLAMA
 from tokenloom.models.mistral import MISTRAL
+from tokenloom.models.olmo2 import OLMO2
 from tokenloom.models.phi3 import PHI3
 from tokenloom.models.qwen import QWEN2, QWEN3
+from tokenloom.models.stablelm import STABLELM
 
 FAMILIES: Mapping[str, Family] = {
-    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, GRANITE)
+    family.model_type: family for family in (
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        GEMMA2,
+        GEMMA3,
+        PHI3,
+        OLMO2,
+        GRANITE,
+        STABLELM,
+        GPT2,
+        OPT,
+    )
 }
 
 

@@ -54,7 +54,7 @@ class LocalExecutor:
     ) -> None:
         if num_threads < 1:
             raise ValueError(f"{num_threads} threads cannot do any work")
-        self._max_context = len(rope[0])
+        self._max_context = len(rope[0]) // program.num_rope_tables
         self._num_pages = num_frames * pages_per_frame
         self._vocab_size = program.vocab_size
         self._submitted = False

@@ -286,10 +286,13 @@ TL_NOINLINE void finish(const LinearCall& call, int64_t panel, int64_t row, int6
         if (call.epilogue == Epilogue::silu_mul) {
             put(call, r, at[0], silu_mul(y[0], y[1]));
         } else if (call.epilogue == Epilogue::gelu_mul) {
-            put(call, r, at[0], gelu_mul(y[0], y[1]));
+            put(call, r, at[0], mul(gelu(y[0]), y[1]));
         } else {
-            for (int half = 0; half < 2; ++half)
+            for (int half = 0; half < 2; ++half) {
+                if (call.epilogue == Epilogue::gelu) y[half] = gelu(y[half]);
+                if (call.epilogue == Epilogue::relu) y[half] = max(y[half], zero());
                 if (at[half].count) put(call, r, at[half], y[half]);
+            }
         }
     }
 }

@@ -36,6 +36,38 @@ static void rms_norm(const RMSNormCall& call, int64_t begin, int64_t end) {
     }
 }
 
+static void layer_norm(const LayerNormCall& call, int64_t begin, int64_t end) {
+    const int64_t width = call.width;
+    const float size = static_cast<float>(width);
+    for (int64_t row = begin; row < end; ++row) {
+        const float* x = call.source + row * call.source_stride;
+        F total = zero();
+        for (int64_t i = 0; i < width; i += kLanes) {
+            int n = width - i < kLanes ? static_cast<int>(width - i) : kLanes;
+            total = add(total, load(x + i, n));
+        }
+        const F mean = set(sum(total) / size);
+        F squares = zero();
+        for (int64_t i = 0; i < width; i += kLanes) {
+            int n = width - i < kLanes ? static_cast<int>(width - i) : kLanes;
+            F d = sub(load(x + i, n), mean);
+            if (n < kLanes) d = select(first(n), d, zero());
+            squares = add(squares, mul(d, d));
+        }
+        const F scale = set(1.0f / __builtin_sqrtf(sum(squares) / size + call.epsilon));
+        for (int64_t i = 0; i < width; i += kLanes) {
+            int n = width - i < kLanes ? static_cast<int>(width - i) : kLanes;
+            F y = mul(mul(sub(load(x + i, n), mean), scale), load(call.weight + i, n));
+            if (call.bias) y = add(y, load(call.bias + i, n));
+            if (call.out_dtype == Dtype::bf16) {
+                store_bf16(static_cast<uint16_t*>(call.out) + row * call.out_stride + i, y, n);
+            } else {
+                store(static_cast<float*>(call.out) + row * call.out_stride + i, y, n);
+            }
+        }
+    }
+}
+
 static void widen(const void* source, TableDtype dtype, int64_t width, bool rounded, float* out) {
     const uint16_t* narrow_source = static_cast<const uint16_t*>(source);
     for (int64_t i = 0; i < width; i += kLanes) {
@@ -68,7 +100,7 @@ static void narrow(const float* source, int64_t width, Dtype dtype, void* out) {
 }
 
 extern const RowKernels row_kernels;
-const RowKernels row_kernels = {&rms_norm, &widen, &narrow};
+const RowKernels row_kernels = {&rms_norm, &layer_norm, &widen, &narrow};
 
 }  // namespace TL_ISA
 }  // namespace tokenloom

@@ -14,7 +14,17 @@ from tokenloom.errors import UnsupportedFeature
 from tokenloom.kernels.failure import StepFailed
 from tokenloom.kernels.native import extension
 from tokenloom.kernels.native.weights import PackedTable, WeightPacker
-from tokenloom.kernels.program import Attention, Embed, Linear, Program, RMSNorm, RopeStore
+from tokenloom.kernels.program import (
+    Attention,
+    Cast,
+    Embed,
+    EmbedPositions,
+    LayerNorm,
+    Linear,
+    Program,
+    RMSNorm,
+    RopeStore,
+)
 
 Float32 = NDArray[np.float32]
 
@@ -153,6 +163,16 @@ class NativeBackend:
         for op in self.program.ops:
             if isinstance(op, Embed):
                 self._embed(op, packed[op.weight])
+            elif isinstance(op, EmbedPositions):
+                self._model.embed_positions(packed[op.weight], op.offset, self._buffers[op.out])
+            elif isinstance(op, Cast):
+                add = -1 if op.add is None else self._buffers[op.add]
+                self._model.cast(self._buffers[op.source], add, self._buffers[op.out])
+            elif isinstance(op, LayerNorm):
+                bias = None if op.bias is None else packed[op.bias]
+                self._model.layer_norm(
+                    self._buffers[op.source], packed[op.weight], bias, self._buffers[op.out], op.epsilon
+                )
             elif isinstance(op, RMSNorm):
                 add = -1 if op.add is None else self._buffers[op.add]
                 self._model.rms_norm(

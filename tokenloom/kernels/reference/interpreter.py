@@ -21,7 +21,18 @@ from numpy.typing import NDArray
 
 from tokenloom.engine.batch import PAGE_SIZE, TokenBatch
 from tokenloom.errors import UnsupportedFeature
-from tokenloom.kernels.program import Attention, Embed, Linear, Op, Program, RMSNorm, RopeStore
+from tokenloom.kernels.program import (
+    Attention,
+    Cast,
+    Embed,
+    EmbedPositions,
+    LayerNorm,
+    Linear,
+    Op,
+    Program,
+    RMSNorm,
+    RopeStore,
+)
 from tokenloom.kernels.reference.attention import AttentionPlan, HeadShape, run_attention
 from tokenloom.kernels.reference.gemm import COLUMN_UNIT, ROW_TILE, PackedLinear, padded
 from tokenloom.kernels.reference.kv_pool import Indices, KVPool
@@ -52,6 +63,7 @@ class Step:
         self.rows = batch.num_rows
         self.padded_rows = padded(self.rows, ROW_TILE)
         self.token_ids = batch.token_ids
+        self.positions = batch.positions
         self.wide = {name: buffer[: self.padded_rows] for name, buffer in buffers.items()}
         cos, sin = tables
         positions = np.zeros(self.padded_rows, np.intp)
@@ -152,6 +164,12 @@ class Interpreter:
     def _compile(self, op: Op) -> CompiledOp:
         if isinstance(op, Embed):
             return self._embed(op)
+        if isinstance(op, EmbedPositions):
+            return self._embed_positions(op)
+        if isinstance(op, Cast):
+            return self._cast(op)
+        if isinstance(op, LayerNorm):
+            return self._layer_norm(op)
         if isinstance(op, RMSNorm):
             return self._rms_norm(op)
         if isinstance(op, Linear):
@@ -181,6 +199,43 @@ class Interpreter:
             if scale != 1:
                 rows *= scale
             step.wide[out][: step.rows, :width] = rows
+
+        return run
+
+    def _embed_positions(self, op: EmbedPositions) -> CompiledOp:
+        table, out, width = self._weights[op.weight], op.out, self._widths[op.out]
+
+        def run(step: Step) -> None:
+            step.wide[out][: step.rows, :width] += _float32(table[step.positions + op.offset])
+
+        return run
+
+    def _cast(self, op: Cast) -> CompiledOp:
+        width, rounds = self._widths[op.out], op.out in self._rounded
+
+        def run(step: Step) -> None:
+            source, target = step.wide[op.source][:, :width], step.wide[op.out][:, :width]
+            if op.add is not None:
+                source += step.wide[op.add][:, :width]
+            target[...] = source
+            if rounds:
+                round_bfloat16(target)
+
+        return run
+
+    def _layer_norm(self, op: LayerNorm) -> CompiledOp:
+        weight = _float32(self._weights[op.weight])
+        bias = _float32(self._weights[op.bias]) if op.bias is not None else None
+        width, epsilon, rounds = self._widths[op.source], np.float32(op.epsilon), op.out in self._rounded
+
+        def run(step: Step) -> None:
+            x, y = step.wide[op.source][:, :width], step.wide[op.out][:, :width]
+            centred = x - np.add.reduce(x, axis=-1, keepdims=True) / np.float32(width)
+            _rms_norm(centred, weight, epsilon, y)
+            if bias is not None:
+                y += bias
+            if rounds:
+                round_bfloat16(y)
 
         return run
 
@@ -223,7 +278,11 @@ class Interpreter:
             elif epilogue == "silu_mul":
                 _silu_mul(y, target[:, :width])
             elif epilogue == "gelu_mul":
-                _gelu_mul(y, target[:, :width])
+                np.multiply(_gelu(y[:, :width]), y[:, width:], out=target[:, :width])
+            elif epilogue == "gelu":
+                target[:, :width] = _gelu(y)
+            elif epilogue == "relu":
+                np.maximum(y, np.float32(0), out=target[:, :width])
             if rounds:
                 round_bfloat16(target[:, :width])
 
@@ -307,20 +366,18 @@ def _silu_mul(gate_up: Float32, out: Float32) -> None:
     np.multiply(scale, up, out=out)
 
 
-def _gelu_mul(gate_up: Float32, out: Float32) -> None:
-    """The gelu_mul epilogue of `Linear`: fp32 [R, 2 N] -> [R, N]."""
-    width = out.shape[1]
-    gate, up = gate_up[:, :width], gate_up[:, width:]
-    inner = gate * gate
-    inner *= gate
+def _gelu(x: Float32) -> Float32:
+    """gelu in its tanh form."""
+    inner = x * x
+    inner *= x
     inner *= np.float32(0.044715)
-    inner += gate
+    inner += x
     inner *= np.float32(0.7978845608028654)
     np.tanh(inner, out=inner)
     inner += _ONE
-    inner *= gate
+    inner *= x
     inner *= np.float32(0.5)
-    np.multiply(inner, up, out=out)
+    return inner
 
 
 def _float32(array: NDArray[Any]) -> Float32:
