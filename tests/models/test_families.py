@@ -170,7 +170,8 @@ def test_logits_equal_those_of_transformers(name: str, numerics: Numerics) -> No
 def test_formats_stay_near_and_do_not_depend_on_chunks(name: str, numerics: Numerics) -> None:
     whole = logits_of(ours(name, numerics), tokens(name), [LENGTH])
     assert (logits_of(ours(name, numerics), tokens(name), [33, 1, 64, 1, 1, 16]) == whole).all()
-    bound = 0.3 if numerics.weights == "int4" else 0.06
+    # 4 bits cost random weights dearly; what has nothing to do with the model is farther than 1 away.
+    bound = 0.7 if numerics.weights == "int4" else 0.06
     assert np.abs(whole - expected(name)).mean() < bound * np.abs(expected(name)).mean()
 
 

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from tests.models.hf_fixtures import NUMPY_TYPES, TINY, llama_tensors, write_model
 from tokenloom.errors import InvalidParameter, ModelError, TokenloomError
 from tokenloom.kernels.program import Program
-from tokenloom.models import hf_config
 from tokenloom.models.checkpoint import Checkpoint
 from tokenloom.models.config import ModelConfig
 from tokenloom.models.hf_config import parse_config

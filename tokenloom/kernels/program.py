@@ -118,8 +118,9 @@ class Linear:
 
     none: out = y. residual: out += y * scale (the product rounded, and left out where scale is 1). silu_mul:
     weight stacks gate and up, y = [g, u] and out = (g / (1 + exp(-g))) * u, half as wide. gelu_mul: likewise
-    with gelu of g in its tanh form (Hendrycks and Gimpel 2016). gelu, relu: out = that of y. The result is rounded once to the dtype of
-    `out`. `delta` names an fp32 buffer as wide as y (an adapter's product); it is added before the epilogue.
+    with gelu of g in its tanh form (Hendrycks and Gimpel 2016). gelu, relu: out = that of y. The result is
+    rounded once to the dtype of `out`. `delta` names an fp32 buffer as wide as y (an adapter's product); it is
+    added before the epilogue.
     """
 
     source: str

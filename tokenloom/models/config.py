@@ -46,13 +46,13 @@ class ModelConfig:
     the checkpoint. `quantization` says how its linears are stored if they are quantised.
 
     `attention_bias` is that of q, k and v, `output_bias` that of the projection behind attention. `qk_norm`: an
-    RMSNorm over each head of q and k, or over all heads together. `windows` has one entry per layer, the number of last tokens that it
-    sees or None for all; empty: all layers see all. `activation` is that of the MLP. `layer_norm`: norms
-    are LayerNorms with biases. `embedding_scale`,
-    `residual_scale` and `logits_divisor` are factors of the embedding, of what a block adds to the residual
-    stream, and below the logits; `attention_scale` is that of q (None: 1 / sqrt(head_dim)). `attention_softcap`
-    and `logits_softcap` bound scores and logits. `norm_offset` is added to the weights of norms. `local_rope`
-    turns the layers with a window, where it is not None.
+    RMSNorm over each head of q and k, or over all heads together. `parallel_residual`: attention and MLP read the
+    same norm. `windows` has one entry per layer, the number of last tokens that it sees or None for all; empty:
+    all layers see all. `activation` is that of the MLP. `layer_norm`: norms are LayerNorms with biases.
+    `norm_offset` is added to the weights of norms. `embedding_scale`, `residual_scale` and `logits_divisor` are
+    factors of the embedding, of what a block adds to the residual stream, and below the logits;
+    `attention_scale` is that of q (None: 1 / sqrt(head_dim)). `attention_softcap` and `logits_softcap` bound
+    scores and logits. `local_rope` turns the layers with a window, where it is not None.
     """
 
     family: str

@@ -42,7 +42,9 @@ class Blocks:
             weight = self._norm_weight(name, self._width())
             self.b.layer_norm(source, weight, out, self.config.rms_norm_eps, bias=bias)
             return
-        self.b.rms_norm(source, self._norm_weight(name, self._width()), out, self.config.rms_norm_eps, add=add)
+        self.b.rms_norm(
+            source, self._norm_weight(name, self._width()), out, self.config.rms_norm_eps, add=add
+        )
 
     def attention(self, layer: int, out: str, *, residual: bool = True) -> None:
         """Attention over `normed`; what comes out of it is added to `out`, or written there."""
@@ -57,7 +59,9 @@ class Blocks:
             if c.qk_norm != "none"
         ]
         window = c.window(layer)
-        self._linear(self.normed, [p + name for name in self._qkv], c.q_size + 2 * c.kv_size, qkv, c.attention_bias)
+        self._linear(
+            self.normed, [p + name for name in self._qkv], c.q_size + 2 * c.kv_size, qkv, c.attention_bias
+        )
         b.rope_store(
             qkv,
             q,
@@ -87,7 +91,11 @@ class Blocks:
         weight = self.b.weight(_with(names, "weight"), 2 * c.intermediate_size, self._width())
         bias = self.b.weight(_with(names, "bias"), 2 * c.intermediate_size) if c.mlp_bias else None
         self.b.linear(
-            self.normed, weight, gated, bias=bias, epilogue="silu_mul" if c.activation == "silu" else "gelu_mul"
+            self.normed,
+            weight,
+            gated,
+            bias=bias,
+            epilogue="silu_mul" if c.activation == "silu" else "gelu_mul",
         )
         self._project(gated, p + "down_proj", out, c.mlp_bias, residual)
 

@@ -41,7 +41,9 @@ def build(config: ModelConfig) -> Program:
         blocks.norm(p + "pre_feedforward_layernorm", blocks.x, blocks.normed, add=added)
         blocks.mlp(layer, block_out, residual=False)
         blocks.norm(p + "post_feedforward_layernorm", block_out, added)
-        following = f"model.layers.{layer + 1}.input_layernorm" if layer + 1 < config.num_layers else "model.norm"
+        following = (
+            f"model.layers.{layer + 1}.input_layernorm" if layer + 1 < config.num_layers else "model.norm"
+        )
         blocks.norm(following, blocks.x, blocks.normed, add=added)
     return blocks.head()
 
@@ -72,7 +74,8 @@ def _common(written: Fields, config: ModelConfig) -> ModelConfig:
 def _alternating(config: ModelConfig, period: int) -> list[str]:
     """All layers slide but each `period`-th."""
     return [
-        "sliding_attention" if (layer + 1) % period else "full_attention" for layer in range(config.num_layers)
+        "sliding_attention" if (layer + 1) % period else "full_attention"
+        for layer in range(config.num_layers)
     ]
 
 

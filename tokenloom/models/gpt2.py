@@ -52,10 +52,10 @@ def _build(config: ModelConfig, names: _Names) -> Program:
         weight, bias = b.weight(f"{name}.weight", hidden), b.weight(f"{name}.bias", hidden)
         b.layer_norm(x, weight, normed, eps, bias=bias)
 
-    def linear(source: str, parts: tuple[str, ...], out: str, rows: int, depth: int, epilogue: Epilogue) -> None:
-        weight = b.weight(
-            tuple(f"{part}.weight" for part in parts), rows, depth, transposed=names.transposed
-        )
+    def linear(
+        source: str, parts: tuple[str, ...], out: str, rows: int, depth: int, epilogue: Epilogue
+    ) -> None:
+        weight = b.weight(tuple(f"{part}.weight" for part in parts), rows, depth, transposed=names.transposed)
         bias = b.weight(tuple(f"{part}.bias" for part in parts), rows)
         b.linear(source, weight, out, bias=bias, epilogue=epilogue)
 
@@ -100,6 +100,7 @@ def _plain(written: Fields, config: ModelConfig, activation: str) -> ModelConfig
     return replace(
         config,
         activation="relu" if activation == "relu" else "gelu",
+        num_kv_heads=config.num_heads,
         layer_norm=True,
         rms_norm_eps=written.number("layer_norm_epsilon", 1e-20, 1, default=1e-5),
         rope=replace(config.rope, rotary_dim=0),
@@ -144,6 +145,11 @@ OPT = Family(
     build=build_opt,
     read=_read_opt,
     names={"intermediate_size": "ffn_dim"},
-    defaults={"max_position_embeddings": 2048, "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 2},
+    defaults={
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+    },
     activation=None,
 )

@@ -121,7 +121,10 @@ def parse_config(data: Mapping[str, Any]) -> ModelConfig:
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=written.integer(
-            "intermediate_size", 1, MAX_WIDTH, default=4 * hidden_size if "intermediate_size" in family.names else None
+            "intermediate_size",
+            1,
+            MAX_WIDTH,
+            default=4 * hidden_size if "intermediate_size" in family.names else None,
         ),
         num_layers=written.integer("num_hidden_layers", 1, MAX_LAYERS),
         num_heads=num_heads,
@@ -186,8 +189,13 @@ def _ropes(
     if isinstance(found, dict) and not found.keys().isdisjoint(_LAYER_KINDS):
         kinds = [found.get(kind) for kind in _LAYER_KINDS]
         if any(not isinstance(kind, dict | None) for kind in kinds):
-            Fields(data, CONFIG_FILE).refuse("rope_parameters", "an object for each of " + ", ".join(_LAYER_KINDS))
-        both = [{"rope_parameters": kind or {}, "rope_theta": base} for kind, base in zip(kinds, (theta, local_theta), strict=True)]
+            Fields(data, CONFIG_FILE).refuse(
+                "rope_parameters", "an object for each of " + ", ".join(_LAYER_KINDS)
+            )
+        both = [
+            {"rope_parameters": kind or {}, "rope_theta": base}
+            for kind, base in zip(kinds, (theta, local_theta), strict=True)
+        ]
         return read(both[0]), read(both[1])
     local = Fields(data, CONFIG_FILE).number("rope_local_base_freq", 1, 1e15, default=local_theta, above=True)
     return read({"rope_theta": theta, **data}), read({"rope_theta": local})
@@ -195,7 +203,7 @@ def _ropes(
 
 def _rotary_dim(data: Mapping[str, Any], head_dim: int, family: Family) -> int:
     """How many leading dimensions of a head rotate. The factor stands beside the rope object or within."""
-    name, inner = _rope_object(data)
+    _, inner = _rope_object(data)
     source = inner if inner.data.get("partial_rotary_factor") is not None else Fields(data, CONFIG_FILE)
     factor = source.number("partial_rotary_factor", 0, 1, default=1.0, above=True)
     rotary_dim = int(head_dim * factor)
@@ -325,7 +333,9 @@ def _yarn_fields(inner: Fields, rotary_dim: int) -> dict[str, Any]:
 
 def _dynamic_fields(inner: Fields, rotary_dim: int) -> dict[str, Any]:
     if rotary_dim <= 2:
-        raise ModelError(f"{CONFIG_FILE}: rope type 'dynamic' with {rotary_dim} rotating dimensions", "more than 2")
+        raise ModelError(
+            f"{CONFIG_FILE}: rope type 'dynamic' with {rotary_dim} rotating dimensions", "more than 2"
+        )
     return {}
 
 

@@ -14,9 +14,7 @@ build = decoder.build
 
 def _read(written: Fields, config: ModelConfig) -> ModelConfig:
     bias = written.flag("attention_bias", False)
-    return replace(
-        config, attention_bias=bias, output_bias=bias, mlp_bias=written.flag("mlp_bias", False)
-    )
+    return replace(config, attention_bias=bias, output_bias=bias, mlp_bias=written.flag("mlp_bias", False))
 
 
 LLAMA = Family(model_type="llama", architecture="LlamaForCausalLM", build=build, read=_read)

@@ -19,7 +19,8 @@ from tokenloom.models.qwen import QWEN2, QWEN3
 from tokenloom.models.stablelm import STABLELM
 
 FAMILIES: Mapping[str, Family] = {
-    family.model_type: family for family in (
+    family.model_type: family
+    for family in (
         LLAMA,
         MISTRAL,
         QWEN2,

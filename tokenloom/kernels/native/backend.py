@@ -81,7 +81,9 @@ class NativeBackend:
         self._model.kv(
             kv_dtype, kv.num_layers, kv.num_kv_heads, kv.head_dim, num_frames, frame_bytes, pages_per_frame
         )
-        self._model.rope(*(np.ascontiguousarray(table, np.float32) for table in rope), program.num_rope_tables)
+        self._model.rope(
+            *(np.ascontiguousarray(table, np.float32) for table in rope), program.num_rope_tables
+        )
         self._buffers = {
             spec.name: self._model.buffer(spec.width, spec.dtype == "activation") for spec in program.buffers
         }

@@ -230,7 +230,9 @@ class Interpreter:
 
         def run(step: Step) -> None:
             x, y = step.wide[op.source][:, :width], step.wide[op.out][:, :width]
-            centred = x - np.add.reduce(x, axis=-1, keepdims=True) / np.float32(width)
+            mean: Float32 = np.add.reduce(x, axis=-1, keepdims=True)
+            mean /= np.float32(width)
+            centred: Float32 = x - mean
             _rms_norm(centred, weight, epsilon, y)
             if bias is not None:
                 y += bias
