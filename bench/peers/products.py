@@ -23,10 +23,11 @@ import torch
 import variants
 
 from tokenloom.kernels.backend import kv_page_bytes
+from tokenloom.kernels.builder import ProgramBuilder
 from tokenloom.kernels.native import extension
 from tokenloom.kernels.native.backend import NativeBackend
 from tokenloom.kernels.native.weights import WeightPacker
-from tokenloom.kernels.program import KVGeometry, Linear, Program, ProgramBuilder
+from tokenloom.kernels.program import KVGeometry, Linear, Program
 from tokenloom.runtime.synthetic_batches import uniform_batch
 
 TURNS = 4

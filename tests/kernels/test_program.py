@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.kernels.harness import small_config
+from tokenloom.kernels.builder import ProgramBuilder
 from tokenloom.kernels.program import (
     Attention,
     BufferSpec,
@@ -17,7 +18,6 @@ from tokenloom.kernels.program import (
     Linear,
     Op,
     Program,
-    ProgramBuilder,
     RMSNorm,
     RopeStore,
     WeightSpec,

@@ -26,6 +26,7 @@ from tests.kernels.harness import (
     step,
 )
 from tokenloom.engine.batch import PAGE_SIZE
+from tokenloom.kernels.native import extension
 from tokenloom.models import hf_config, registry
 from tokenloom.models.rope import rope_tables
 from tokenloom.runtime.local import LocalExecutor
@@ -173,6 +174,18 @@ def test_formats_stay_near_and_do_not_depend_on_chunks(name: str, numerics: Nume
     # 4 bits cost random weights dearly; what has nothing to do with the model is farther than 1 away.
     bound = 0.7 if numerics.weights == "int4" else 0.06
     assert np.abs(whole - expected(name)).mean() < bound * np.abs(expected(name)).mean()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.skipif(extension.missing() is not None, reason="the native kernels were not built")
+def test_instruction_sets_give_the_same_bits(name: str) -> None:
+    text = tokens(name)[:70]
+    found = [
+        logits_of(ours(name, Numerics("native", "bfloat16", "bfloat16", isa=isa)), text, [40, 1])
+        for isa in extension.isas()
+    ]
+    for other in found[1:]:
+        assert (other == found[0]).all()
 
 
 def test_every_family_is_here() -> None:

@@ -110,7 +110,7 @@ def test_generation_values_out_of_limits(tmp_path: Path, field: str, value: Any)
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "MistralForCausalLM"),
+        ({"architectures": ["BloomForCausalLM"], "model_type": "bloom"}, "BloomForCausalLM"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"model_type": "qwen2"}, "qwen2"),
         ({"model_type": None}, "model_type"),

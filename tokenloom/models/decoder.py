@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenloom.kernels.program import KVGeometry, Program, ProgramBuilder
+from tokenloom.kernels.builder import ProgramBuilder
+from tokenloom.kernels.program import KVGeometry, Program
 from tokenloom.models.config import ModelConfig
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from tokenloom.kernels.program import Epilogue, KVGeometry, Program, ProgramBuilder
+from tokenloom.kernels.builder import ProgramBuilder
+from tokenloom.kernels.program import Epilogue, KVGeometry, Program
 from tokenloom.models.config import ModelConfig
 from tokenloom.models.family import Family
 from tokenloom.models.json_fields import Fields

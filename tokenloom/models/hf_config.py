@@ -156,7 +156,7 @@ def _read(directory: Path, name: str, *, required: bool) -> dict[str, Any]:
 
 def _family(data: Mapping[str, Any]) -> Family:
     """The family; both `model_type` and, where present, `architectures` must say it."""
-    supported = ", ".join(f"{f.architecture} (model_type {f.model_type!r})" for f in FAMILIES.values())
+    supported = ", ".join(family.architecture for family in FAMILIES.values())
     architectures, model_type = data.get("architectures"), data.get("model_type")
     if not isinstance(model_type, str):
         raise ModelError(f"{CONFIG_FILE}: model_type = {shorten(model_type)}", supported)

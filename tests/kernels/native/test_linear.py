@@ -138,7 +138,9 @@ def test_many_rows_and_a_deep_weight(isa: str, name: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", ["f32", "bf16"])
-@pytest.mark.parametrize("epilogue", ["none", "residual", "silu_mul"])
+@pytest.mark.parametrize(
+    "epilogue", ["none", "residual", "scaled residual", "silu_mul", "gelu_mul", "gelu", "relu"]
+)
 @pytest.mark.parametrize("extras", ["", "bias", "delta", "bias delta"])
 @pytest.mark.parametrize("columns", [36, 70, 128])
 def test_epilogues(isa: str, name: str, epilogue: str, extras: str, columns: int) -> None:
@@ -150,21 +152,30 @@ def test_epilogues(isa: str, name: str, epilogue: str, extras: str, columns: int
     y = product(x, weight, name)
     y = y if bias is None else y + bias
     y = y if delta is None else y + delta
-    packed = _native.PackedLinear([weight], name, paired=epilogue == "silu_mul")
-    width = columns // 2 if epilogue == "silu_mul" else columns
+    paired = epilogue in ("silu_mul", "gelu_mul")
+    packed = _native.PackedLinear([weight], name, paired=paired)
+    width = columns // 2 if paired else columns
     before = numbers(rng, rows, width)
+    scale = 0.7 if epilogue == "scaled residual" else 1.0
+    epilogue = epilogue.removeprefix("scaled ")
     if epilogue == "residual":
-        y = before + y
+        y = before + y * np.float32(scale)
     elif epilogue == "silu_mul":
         y = spec.silu_mul(y[:, :width], y[:, width:])
+    elif epilogue == "gelu_mul":
+        y = spec.gelu(y[:, :width]) * y[:, width:]
+    elif epilogue == "gelu":
+        y = spec.gelu(y)
+    elif epilogue == "relu":
+        y = np.maximum(y, np.float32(0))
     wide = np.full((rows, width + 9), 7, np.float32)
     wide[:, :width] = before
-    packed.linear(source_of(x, name), wide[:, :width], isa, bias, delta, epilogue)
+    packed.linear(source_of(x, name), wide[:, :width], isa, bias, delta, epilogue, scale)
     assert_same(wide[:, :width].copy(), y)
     assert (wide[:, width:] == 7).all()
     if epilogue != "residual":
         narrow = np.full((rows, width + 9), 7, np.uint16)
-        packed.linear(source_of(x, name), narrow[:, :width], isa, bias, delta, epilogue)
+        packed.linear(source_of(x, name), narrow[:, :width], isa, bias, delta, epilogue, scale)
         assert_same(narrow[:, :width].copy(), bf16(y))
         assert (narrow[:, width:] == 7).all()
 
@@ -355,7 +366,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ("out", (x, np.zeros((2, 16), np.float32)[:, ::2]), {}),
         ("out", (x, np.zeros((2, 8), np.uint16)), {"epilogue": "residual"}),
         ("epilogue", (x, out), {"epilogue": "silu_mul"}),
-        ("epilogue", (x, out), {"epilogue": "relu"}),
+        ("epilogue", (x, out), {"epilogue": "swish"}),
         ("bias", (x, out), {"bias": np.zeros(7, np.float32)}),
         ("delta", (x, out), {"delta": np.zeros((1, 8), np.float32)}),
         ("begin", (x, out), {"begin": -1}),

@@ -14,10 +14,11 @@ from hypothesis.extra import numpy as hnp
 native = pytest.importorskip("tokenloom.kernels.native._native", reason="the native kernels were not built")
 
 from tokenloom.errors import ModelError  # noqa: E402
+from tokenloom.kernels.builder import ProgramBuilder  # noqa: E402
 from tokenloom.kernels.native.packed_forms import form_of  # noqa: E402
 from tokenloom.kernels.native.sizes import form_bytes  # noqa: E402
 from tokenloom.kernels.native.weights import INT4_GROUP, PackedTable, WeightPacker  # noqa: E402
-from tokenloom.kernels.program import KVGeometry, Program, ProgramBuilder  # noqa: E402
+from tokenloom.kernels.program import KVGeometry, Program  # noqa: E402
 from tokenloom.quantization import round_to_nearest  # noqa: E402
 from tokenloom.quantization.weights import Int4Matrix, Int8Matrix  # noqa: E402
 
