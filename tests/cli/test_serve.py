@@ -76,13 +76,13 @@ def test_a_key_is_needed_and_not_printed(embedded_model: Path) -> None:
 
 def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
-    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
+    (tmp_path / "config.json").write_text('{"architectures": ["BloomForCausalLM"], "model_type": "bloom"}')
     server = ServeProcess(str(tmp_path))
     output = server.rest()
     assert server.process.returncode == 1
     last = output.splitlines()[-1]
     assert last.startswith("tokenloom: ")
-    assert "GPT2LMHeadModel" in last
+    assert "BloomForCausalLM" in last
     assert "LlamaForCausalLM" in last
     assert "Traceback" not in output
 
