@@ -32,16 +32,6 @@ Format find_format(const std::string& name) {
     refuse("format " + name + " is none of f32, bf16, i8, i4");
 }
 
-Epilogue find_epilogue(const std::string& name) {
-    if (name == "none") return Epilogue::none;
-    if (name == "silu_mul") return Epilogue::silu_mul;
-    if (name == "residual") return Epilogue::residual;
-    if (name == "gelu_mul") return Epilogue::gelu_mul;
-    if (name == "gelu") return Epilogue::gelu;
-    if (name == "relu") return Epilogue::relu;
-    refuse("epilogue " + name + " is none of none, silu_mul, gelu_mul, residual");
-}
-
 template <class A>
 bool is(const A& array, nb::dlpack::dtype_code code, int bits) {
     return array.dtype() == nb::dlpack::dtype{static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1};

@@ -60,16 +60,6 @@ KVFormat kv_format(const std::string& name) {
     refuse("KV dtype " + name + "; there are float32, bfloat16 and int8");
 }
 
-Epilogue epilogue_of(const std::string& name) {
-    if (name == "none") return Epilogue::none;
-    if (name == "silu_mul") return Epilogue::silu_mul;
-    if (name == "residual") return Epilogue::residual;
-    if (name == "gelu_mul") return Epilogue::gelu_mul;
-    if (name == "gelu") return Epilogue::gelu;
-    if (name == "relu") return Epilogue::relu;
-    refuse("epilogue " + name);
-}
-
 // The arrays of a batch, kept alive while the step runs.
 struct BatchArrays {
     Array<int32_t> token_ids, positions, logical;
@@ -288,7 +278,7 @@ void bind_model(nb::module_& m) {
         .def("linear",
              [](Model& self, int source, Weight weight, int out, std::optional<Array<float>> bias,
                 const std::string& epilogue, int delta, float scale) {
-                 self.add_linear(source, std::move(weight), out, vector_of(bias), epilogue_of(epilogue), delta, scale);
+                 self.add_linear(source, std::move(weight), out, vector_of(bias), find_epilogue(epilogue), delta, scale);
              },
              nb::arg("source"), nb::arg("weight"), nb::arg("out"), nb::arg("bias").none(), nb::arg("epilogue"),
              nb::arg("delta"), nb::arg("scale"))

@@ -1,6 +1,8 @@
 // Products of activations and packed weights.
 #pragma once
 
+#include <string>
+
 #include "isa.hpp"
 #include "kernels.hpp"
 
@@ -15,5 +17,8 @@ struct LinearKernels {
 };
 
 const LinearKernels& linear_kernels_for(Isa isa);
+
+// By its name in kernels/program.py. Throws std::invalid_argument.
+Epilogue find_epilogue(const std::string& name);
 
 }  // namespace tokenloom
