@@ -158,7 +158,7 @@ nb::tuple attention(const OwnedKVPool& owner, int64_t layer, Array<float, 2> q,
     batch.page_tables = page_tables.data();
     batch.table_width = static_cast<int64_t>(page_tables.shape(1));
     AttentionShape shape{static_cast<int32_t>(q.shape(1) / dim), pool.layout.num_kv_heads, pool.layout.head_dim,
-                         scale, window, static_cast<int32_t>(layer)};
+                         scale, window, static_cast<int32_t>(layer), 0.0f};
     AttentionPlan plan;
     plan.build(batch, pool, shape, num_threads);
     // From the heap, where a sanitizer sees its end.
