@@ -292,6 +292,14 @@ void bind_model(nb::module_& m) {
              nb::arg("q_norm").none(), nb::arg("k_norm").none(), nb::arg("epsilon"), nb::arg("table"))
         .def("attention", &Model::add_attention, nb::arg("source"), nb::arg("out"), nb::arg("layer"),
              nb::arg("num_heads"), nb::arg("scale"), nb::arg("window"), nb::arg("softcap"))
+        .def("route", &Model::add_route, nb::arg("source"), nb::arg("out"), nb::arg("top_k"), nb::arg("normalized"))
+        .def("experts",
+             [](Model& self, int source, int routes, int out, const std::vector<Weight>& gate_up,
+                const std::vector<Weight>& down, const std::string& epilogue) {
+                 self.add_experts(source, routes, out, gate_up, down, find_epilogue(epilogue));
+             },
+             nb::arg("source"), nb::arg("routes"), nb::arg("out"), nb::arg("gate_up"), nb::arg("down"),
+             nb::arg("epilogue"))
         .def("head", &Model::set_head, nb::arg("source"), nb::arg("weight"), nb::arg("softcap"), nb::arg("divisor"))
         .def("finish", &Model::finish)
         .def("step", &step, nb::arg("batch"), nb::arg("entries"), nb::arg("edits"), nb::arg("results"))

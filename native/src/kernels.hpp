@@ -18,6 +18,7 @@ constexpr int kSplit = 128;      // keys of a split of attention
 constexpr int kTileRows = 64;    // rows of a tile of logits
 constexpr int kVocabTile = 1024; // tokens of a tile of a reduction over the vocabulary
 constexpr int kAlign = 64;
+constexpr int kMaxExperts = 1024, kMaxChosen = 64;  // of kernels/program.py
 
 enum class Format : int32_t { f32 = 0, bf16 = 1, i8 = 2, i4 = 3 };
 enum class Epilogue : int32_t { none = 0, silu_mul = 1, residual = 2, gelu_mul = 3, gelu = 4, relu = 5 };
@@ -48,6 +49,8 @@ struct PackedMatrix {
     const float* scales;  // i8 only
 };
 
+inline bool is_quantized(const PackedMatrix& m) { return m.format == Format::i8 || m.format == Format::i4; }
+
 // Rows quantised on the fly: q = round-half-even(x / scale) in [-127, 127], scale = max|x| / 127 (1 where the
 // row is zero). Rows lie `stride` bytes apart, zero from k to stride.
 struct QuantizedRows {
@@ -72,6 +75,9 @@ struct LinearCall {
     Dtype out_dtype;
     Epilogue epilogue;
     float scale;            // of a residual; 1: none
+    // Of a residual, or null: where each row of the call is added, and what it is multiplied by.
+    const int32_t* out_rows;
+    const float* out_weights;
 };
 
 }  // namespace tokenloom

@@ -79,24 +79,33 @@ void Model::reserve(int64_t rows) {
     // Growing in jumps keeps steady traffic from mapping memory.
     const int64_t capacity = std::max(rows, std::min<int64_t>(capacity_ * 2, 512));
     for (Activation& a : buffers_) a.memory = Memory(static_cast<size_t>(capacity * a.row_bytes() + kAlign));
-    int64_t bytes = 0, sums = 0;
+    int64_t values = 0, scales = 0, sums = 0, gathered = 0, hidden = 0;
+    auto room = [&](const PackedMatrix& m, int64_t most) {
+        if (!is_quantized(m)) return;
+        values = std::max(values, most * quantized_stride(m));
+        scales = std::max(scales, most * 4);
+        sums = std::max(sums, most * quantized_groups(m) * 4);
+    };
     for (const Op& op : ops_)
         if (const LinearOp* linear = std::get_if<LinearOp>(&op)) {
-            const PackedMatrix& m = linear->weight->matrix;
-            if (m.format != Format::i8 && m.format != Format::i4) continue;
-            bytes = std::max(bytes, quantized_stride(m));
-            sums = std::max(sums, quantized_groups(m));
+            room(linear->weight->matrix, capacity);
+        } else if (const ExpertsOp* experts = std::get_if<ExpertsOp>(&op)) {
+            const int64_t members = capacity * experts->top_k;
+            room(experts->gate_up[0]->matrix, members);
+            room(experts->down[0]->matrix, members);
+            gathered = std::max(gathered, members * buffer(experts->source).row_bytes());
+            hidden = std::max(hidden, members * experts->hidden_stride() * item_bytes(activations_));
+            segments_.reserve(capacity, experts->top_k, static_cast<int64_t>(experts->down.size()));
         }
-    const PackedMatrix& m = head_.weight->matrix;
-    if (m.format == Format::i8 || m.format == Format::i4) {
-        bytes = std::max(bytes, quantized_stride(m));
-        sums = std::max(sums, quantized_groups(m));
+    room(head_.weight->matrix, kTileRows);
+    if (values) {
+        grow(quantized_, values + kAlign);
+        grow(quantized_scales_, scales);
+        grow(quantized_sums_, sums + kAlign);
     }
-    int64_t most = std::max<int64_t>(capacity, kTileRows);
-    if (bytes) {
-        grow(quantized_, most * bytes + kAlign);
-        grow(quantized_scales_, most * 4);
-        grow(quantized_sums_, most * sums * 4 + kAlign);
+    if (gathered) {
+        grow(gathered_, gathered + kAlign);
+        grow(hidden_, hidden + kAlign);
     }
     grow(tile_source_, kTileRows * buffer(head_.source).row_bytes() + kAlign);
     for (SamplerScratch& scratch : sampler_scratch_) scratch.reserve(vocab());
@@ -155,8 +164,8 @@ void Model::step(const Batch& batch, const int32_t* copies, int64_t num_copies, 
     plan(batch);
     reserve(batch.rows);
     size_t tiles = (logit_rows_.size() + kTileRows - 1) / kTileRows;
-    // At most two phases an op, four a tile, and one to drop rows.
-    size_t phases = ops_.size() * 2 + tiles * 4 + 1;
+    // At most two phases an op (experts: five), four a tile, and one to drop rows.
+    size_t phases = ops_.size() * 2 + num_experts_ops_ * 3 + tiles * 4 + 1;
     if (counters_.size() < phases) counters_ = std::vector<WorkCounter>(phases * 2);
     for (size_t i = 0; i < phases; ++i) counters_[i].reset();
     std::fill(phase_.begin(), phase_.end(), 0);
@@ -285,12 +294,18 @@ void Model::run(const LayerNormOp& op, int64_t rows, int thread) {
     phase(thread, rows, shares(), [&](int64_t begin, int64_t end) { rows_.layer_norm(call, begin, end); });
 }
 
+// Room for rows quantised for `m`, from row `row` on.
+QuantizedRows Model::quantized_for(const PackedMatrix& m, int64_t row) {
+    const int64_t stride = quantized_stride(m), groups = quantized_groups(m);
+    return QuantizedRows{reinterpret_cast<int8_t*>(quantized_.data()) + row * stride, stride,
+                         reinterpret_cast<float*>(quantized_scales_.data()) + row,
+                         reinterpret_cast<int32_t*>(quantized_sums_.data()) + row * groups, groups};
+}
+
 void Model::multiply(const PackedWeight& weight, LinearCall call, int thread) {
     const PackedMatrix& m = weight.matrix;
-    if (m.format == Format::i8 || m.format == Format::i4) {
-        call.quantized = QuantizedRows{reinterpret_cast<int8_t*>(quantized_.data()), quantized_stride(m),
-                                       reinterpret_cast<float*>(quantized_scales_.data()),
-                                       reinterpret_cast<int32_t*>(quantized_sums_.data()), quantized_groups(m)};
+    if (is_quantized(m)) {
+        call.quantized = quantized_for(m, 0);
         phase(thread, call.rows, shares(), [&](int64_t begin, int64_t end) {
             linear_.quantize_rows(call.source, activations_, call.source_stride, m, call.quantized, begin, end);
         });
@@ -317,6 +332,83 @@ void Model::run(const LinearOp& op, int64_t rows, int thread) {
     call.epilogue = op.epilogue;
     call.scale = op.scale;
     multiply(*op.weight, call, thread);
+}
+
+void Model::run(const RouteOp& op, int64_t rows, int thread) {
+    Activation &source = buffer(op.source), &out = buffer(op.out);
+    const RouteCall call{source.f32(), source.stride, out.f32(), out.stride, source.width, op.top_k, op.normalized};
+    phase(thread, rows, shares(), [&](int64_t begin, int64_t end) { rows_.route(call, begin, end); });
+}
+
+// The source of each member, as the product with gate and up wants it.
+void Model::gather(const ExpertsOp& op, int64_t members, int thread) {
+    const Activation& source = buffer(op.source);
+    const PackedMatrix& m = op.gate_up[0]->matrix;
+    phase(thread, members, shares(), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const uint8_t* from = source.memory.data() + segments_.rows()[i] * source.row_bytes();
+            if (is_quantized(m))
+                linear_.quantize_rows(from, source.dtype, source.stride, m, quantized_for(m, i), 0, 1);
+            else
+                std::memcpy(gathered_.data() + i * source.row_bytes(), from, static_cast<size_t>(source.row_bytes()));
+        }
+    });
+}
+
+void Model::run(const ExpertsOp& op, int64_t rows, int thread) {
+    const Activation &source = buffer(op.source), &routes = buffer(op.routes);
+    Activation& out = buffer(op.out);
+    phase(thread, 1, kOneByOne, [&](int64_t, int64_t) {
+        segments_.build(reinterpret_cast<const float*>(routes.memory.data()), routes.stride, rows, op.top_k,
+                        static_cast<int64_t>(op.down.size()));
+    });
+    const int64_t members = rows * op.top_k, stride = op.hidden_stride();
+    gather(op, members, thread);
+    auto call_for = [&](const std::vector<Weight>& weights, int64_t index, const Memory& from, int64_t from_stride) {
+        const ExpertSegments::Segment& segment = segments_.segment(index);
+        LinearCall call{};
+        call.weight = &weights[static_cast<size_t>(segment.expert)]->matrix;
+        call.source = from.data() + segment.begin * from_stride * item_bytes(activations_);
+        call.source_stride = from_stride;
+        if (is_quantized(*call.weight)) call.quantized = quantized_for(*call.weight, segment.begin);
+        call.rows = segment.end - segment.begin;
+        return call;
+    };
+    // Panels of one expert after the other.
+    const int64_t panels = op.gate_up[0]->matrix.panels;
+    phase(thread, segments_.count() * panels, shares(), [&](int64_t begin, int64_t end) {
+        while (begin < end) {
+            const int64_t index = begin / panels, first = begin % panels;
+            const int64_t last = std::min(panels, first + end - begin);
+            LinearCall call = call_for(op.gate_up, index, gathered_, source.stride);
+            call.out = hidden_.data() + segments_.segment(index).begin * stride * item_bytes(activations_);
+            call.out_stride = stride;
+            call.out_dtype = activations_;
+            call.epilogue = op.epilogue;
+            linear_.linear(call, first, last);
+            begin += last - first;
+        }
+    });
+    const PackedMatrix& down = op.down[0]->matrix;
+    if (is_quantized(down))
+        phase(thread, members, shares(), [&](int64_t begin, int64_t end) {
+            linear_.quantize_rows(hidden_.data(), activations_, stride, down, quantized_for(down, 0), begin, end);
+        });
+    // A thread adds all experts to its columns, in their order.
+    phase(thread, down.panels, shares(), [&](int64_t begin, int64_t end) {
+        for (int64_t index = 0; index < segments_.count(); ++index) {
+            LinearCall call = call_for(op.down, index, hidden_, stride);
+            const int64_t first = segments_.segment(index).begin;
+            call.out = out.memory.data();
+            call.out_stride = out.stride;
+            call.out_dtype = Dtype::f32;
+            call.epilogue = Epilogue::residual;
+            call.scale = 1;
+            call.out_rows = segments_.rows() + first;
+            call.out_weights = segments_.weights() + first;
+            linear_.linear(call, begin, end);
+        }
+    });
 }
 
 void Model::run(const RopeOp& op, int64_t rows, int thread) {

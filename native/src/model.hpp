@@ -8,6 +8,7 @@
 
 #include "attention_plan.hpp"
 #include "batch.hpp"
+#include "experts.hpp"
 #include "isa.hpp"
 #include "kernels.hpp"
 #include "kv.hpp"
@@ -23,6 +24,8 @@
 
 namespace tokenloom {
 
+inline int64_t item_bytes(Dtype dtype) { return dtype == Dtype::bf16 ? 2 : 4; }
+
 // One array per buffer of the program; rows are padded so that vector loads past the width stay inside.
 struct Activation {
     int64_t width;
@@ -30,7 +33,7 @@ struct Activation {
     Dtype dtype;
     Memory memory;
 
-    int64_t row_bytes() const { return stride * (dtype == Dtype::bf16 ? 2 : 4); }
+    int64_t row_bytes() const { return stride * item_bytes(dtype); }
     float* f32() { return reinterpret_cast<float*>(memory.data()); }
 };
 
@@ -82,7 +85,21 @@ struct AttentionOp {
     bool in_tail;
     AttentionShape shape;
 };
-using Op = std::variant<EmbedOp, NormOp, LinearOp, RopeOp, AttentionOp, PositionsOp, CastOp, LayerNormOp>;
+struct RouteOp {
+    int source, out;
+    int64_t top_k;
+    bool normalized;
+};
+struct ExpertsOp {
+    int source, routes, out;
+    std::vector<Weight> gate_up, down;  // of each expert, all alike
+    Epilogue epilogue;
+    int64_t top_k, hidden;
+
+    int64_t hidden_stride() const { return (hidden + 63) / 64 * 64; }
+};
+using Op = std::variant<EmbedOp, NormOp, LinearOp, RopeOp, AttentionOp, PositionsOp, CastOp, LayerNormOp, RouteOp,
+                        ExpertsOp>;
 
 // Entries of a step that want a token or a score, and where their results go.
 struct Entries {
@@ -114,6 +131,9 @@ class Model {
     void add_rope(int source, int out, int layer, int num_heads, int rotary_dim, Vector q_norm, Vector k_norm,
                   float epsilon, int table);
     void add_attention(int source, int out, int layer, int num_heads, float scale, int window, float softcap);
+    void add_route(int source, int out, int64_t top_k, bool normalized);
+    void add_experts(int source, int routes, int out, std::vector<Weight> gate_up, std::vector<Weight> down,
+                     Epilogue epilogue);
     void set_head(int source, Weight weight, float softcap, float divisor);
     // After this, `step` may be called. Throws if parts are missing.
     void finish();
@@ -158,6 +178,10 @@ class Model {
     void run(const LayerNormOp& op, int64_t rows, int thread);
     void run(const RopeOp& op, int64_t rows, int thread);
     void run(const AttentionOp& op, int64_t rows, int thread);
+    void run(const RouteOp& op, int64_t rows, int thread);
+    void run(const ExpertsOp& op, int64_t rows, int thread);
+    void gather(const ExpertsOp& op, int64_t members, int thread);
+    QuantizedRows quantized_for(const PackedMatrix& m, int64_t row);
     void compact(int thread);
     void multiply(const PackedWeight& weight, LinearCall call, int thread);
 
@@ -189,6 +213,7 @@ class Model {
     size_t tail_begin_ = 0;
     std::vector<int> carried_;
     int64_t capacity_ = 0, num_rows_ = 0;  // rows that there is room for, and those of the last step
+    size_t num_experts_ops_ = 0;
     bool finished_ = false;
 
     // The step in flight.
@@ -197,6 +222,8 @@ class Model {
     std::vector<int32_t> logit_rows_;              // distinct rows, rising
     Tail tail_;                                    // outlives the step
     std::vector<int64_t> entry_order_, row_starts_;  // entries of logit row i: entry_order_[row_starts_[i]...]
+    ExpertSegments segments_;
+    Memory gathered_, hidden_;  // rows of experts: their source, and what lies between their two products
     Memory logits_, tile_source_, quantized_, quantized_scales_, quantized_sums_;
     std::vector<Memory> scratch_;
     std::vector<SamplerScratch> sampler_scratch_;

@@ -140,6 +140,46 @@ void Model::add_attention(int source, int out, int layer, int num_heads, float s
     ops_.push_back(AttentionOp{source, out, plan, false, shape});
 }
 
+void Model::add_route(int source, int out, int64_t top_k, bool normalized) {
+    const Activation& from = buffers_.at(static_cast<size_t>(source));
+    const Activation& to = buffers_.at(static_cast<size_t>(out));
+    if (from.dtype != Dtype::f32 || to.dtype != Dtype::f32 || source == out || top_k < 1 || top_k > kMaxChosen ||
+        top_k > from.width || from.width > kMaxExperts || to.width != 2 * top_k)
+        refuse("route: " + number(top_k) + " of " + number(from.width) + " experts, or widths do not agree");
+    ops_.push_back(RouteOp{source, out, top_k, normalized});
+}
+
+void Model::add_experts(int source, int routes, int out, std::vector<Weight> gate_up, std::vector<Weight> down,
+                        Epilogue epilogue) {
+    const Activation& from = buffers_.at(static_cast<size_t>(source));
+    const Activation& chosen = buffers_.at(static_cast<size_t>(routes));
+    const Activation& to = buffers_.at(static_cast<size_t>(out));
+    // Numbers of experts are no longer checked once they are made: the same count must have made them.
+    const bool routed = std::any_of(ops_.begin(), ops_.end(), [&](const Op& op) {
+        const RouteOp* route = std::get_if<RouteOp>(&op);
+        return route && route->out == routes &&
+               buffer(route->source).width == static_cast<int64_t>(gate_up.size());
+    });
+    if (!routed || gate_up.empty() || down.size() != gate_up.size() || !is_paired(epilogue))
+        refuse("experts: no choice among " + number(static_cast<int64_t>(gate_up.size())) + " of them was made");
+    const PackedMatrix &inner = gate_up[0]->matrix, &outer = down[0]->matrix;
+    auto alike = [](const PackedMatrix& a, const PackedMatrix& b) {
+        return a.format == b.format && a.n == b.n && a.k == b.k && a.group == b.group && a.paired == b.paired;
+    };
+    for (size_t i = 0; i < down.size(); ++i)
+        if (!alike(gate_up[i]->matrix, inner) || !alike(down[i]->matrix, outer))
+            refuse("experts: weights of one layer differ in shape or format");
+    auto takes = [&](const PackedMatrix& m) {
+        return is_quantized(m) || (m.format == Format::bf16) == (activations_ == Dtype::bf16);
+    };
+    if (from.width != inner.k || from.dtype != activations_ || !inner.paired || outer.paired || outer.k != inner.n / 2 ||
+        inner.n % 2 || to.width != outer.n || to.dtype != Dtype::f32 || source == out || !takes(inner) || !takes(outer))
+        refuse("experts [" + number(inner.n) + ", " + number(inner.k) + "]: shapes or formats do not agree");
+    ++num_experts_ops_;
+    const int64_t hidden = outer.k, top_k = chosen.width / 2;
+    ops_.push_back(ExpertsOp{source, routes, out, std::move(gate_up), std::move(down), epilogue, top_k, hidden});
+}
+
 void Model::set_head(int source, Weight weight, float softcap, float divisor) {
     const PackedMatrix& m = weight->matrix;
     const Activation& from = buffers_.at(static_cast<size_t>(source));
@@ -196,6 +236,13 @@ void Model::find_tail() {
             read(linear->delta);
             if (linear->epilogue == Epilogue::residual) read(linear->out);
             fill(linear->out);
+        } else if (const RouteOp* route = std::get_if<RouteOp>(&ops_[i])) {
+            read(route->source);
+            fill(route->out);
+        } else if (const ExpertsOp* experts = std::get_if<ExpertsOp>(&ops_[i])) {
+            read(experts->source);
+            read(experts->routes);
+            read(experts->out);
         } else if (AttentionOp* attention = std::get_if<AttentionOp>(&ops_[i])) {
             attention->in_tail = true;
             read(attention->source);
@@ -207,7 +254,7 @@ void Model::find_tail() {
 
 std::string Model::op_name(int64_t index) const {
     static const char* const names[] = {"embed", "rms_norm", "linear", "rope_store", "attention",
-                                        "embed_positions", "cast", "layer_norm"};
+                                        "embed_positions", "cast", "layer_norm", "route", "experts"};
     int64_t ops = num_ops();
     if (index == ops) return "head";
     if (index == ops + 1) return "plan";

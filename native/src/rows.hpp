@@ -31,11 +31,22 @@ struct LayerNormCall {
     float epsilon;
 };
 
+struct RouteCall {
+    const float* source;  // [experts] a row
+    int64_t source_stride;
+    float* out;           // [top_k weights, top_k numbers]
+    int64_t out_stride;
+    int64_t experts;      // up to kMaxExperts
+    int64_t top_k;        // up to kMaxChosen
+    bool normalized;
+};
+
 enum class TableDtype : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
 struct RowKernels {
     void (*rms_norm)(const RMSNormCall& call, int64_t begin, int64_t end);
     void (*layer_norm)(const LayerNormCall& call, int64_t begin, int64_t end);
+    void (*route)(const RouteCall& call, int64_t begin, int64_t end);
     // One row of an embedding table as fp32; `rounded`: through bfloat16.
     void (*widen)(const void* source, TableDtype dtype, int64_t width, bool rounded, float* out);
     // fp32 to the type of an activation buffer, in one row.

@@ -14,14 +14,17 @@ from tokenloom.kernels.program import (
     Attention,
     BufferSpec,
     Embed,
+    Experts,
     KVGeometry,
     Linear,
     Op,
     Program,
     RMSNorm,
     RopeStore,
+    Route,
     WeightSpec,
 )
+from tokenloom.models.config import ExpertsConfig
 from tokenloom.models.llama import build
 
 
@@ -73,6 +76,33 @@ ILLEGAL = [
     (lambda p: replace(p, weights=(*p.weights, WeightSpec("w", (), ("w",)))), "has shape"),
     (lambda p: replace(p, head=replace(p.head, source="q")), "is needed"),
 ]
+
+
+EXPERTS = ExpertsConfig(count=4, top_k=2, width=10, normalized=True)
+ILLEGAL_EXPERTS = [
+    (drop(Route), "before it is written"),
+    (change(Route, top_k=5), "5 of 4 experts"),
+    (change(Route, top_k=0), "0 of 4 experts"),
+    (change(Route, top_k=1), "wide"),
+    (change(Route, out="x"), "wide"),
+    (change(Route, source="normed"), "must be float32"),
+    (change(Experts, routes="scores"), "no choice of 4"),
+    (change(Experts, gate_up=("lm_head.weight",)), "no choice of 1"),
+    (change(Experts, down=("lm_head.weight",)), "lack a weight"),
+    (change(Experts, down=("lm_head.weight",) * 4), "is needed"),
+    (change(Experts, gate_up=("lm_head.weight",) * 4), "no gate and up pairs"),
+    (change(Experts, epilogue="relu"), "epilogue is relu"),
+    (change(Experts, source="x"), "must be an activation"),
+    (change(Experts, out="normed"), "must be float32"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), ILLEGAL_EXPERTS)
+def test_illegal_experts(damage: Callable[[Program], Program], message: str) -> None:
+    program = build(small_config(experts=EXPERTS))
+    assert len(list(program.products())) == 2 * (2 + 1 + 2 * 4) + 1
+    with pytest.raises(ValueError, match=message):
+        damage(program).check()
 
 
 @pytest.mark.parametrize(("damage", "message"), ILLEGAL)

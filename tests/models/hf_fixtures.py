@@ -29,6 +29,13 @@ TINY: dict[str, Any] = {
     "torch_dtype": "float32",
 }
 
+MIXTRAL: dict[str, Any] = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32"}
 NUMPY_TYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -66,6 +73,24 @@ def llama_tensors(config: Mapping[str, Any], dtype: str = "float32", seed: int =
     return {
         name: (rng.standard_normal(shape) * 0.1).astype(NUMPY_TYPES[dtype]) for name, shape in shapes.items()
     }
+
+
+def mixtral_tensors(config: Mapping[str, Any], dtype: str = "float32") -> dict[str, np.ndarray]:
+    """Those of a MixtralForCausalLM: every expert has the tensors of the MLP, under names of its own."""
+    found: dict[str, np.ndarray] = {}
+    rng = np.random.default_rng(1)
+    for name, tensor in llama_tensors(config, dtype).items():
+        layer, is_mlp, part = name.partition(".mlp.")
+        if not is_mlp:
+            found[name] = tensor
+            continue
+        kind = {"gate_proj.weight": "w1", "up_proj.weight": "w3", "down_proj.weight": "w2"}[part]
+        for i in range(config["num_local_experts"]):
+            expert = (rng.standard_normal(tensor.shape) * 0.1).astype(tensor.dtype)
+            found[f"{layer}.block_sparse_moe.experts.{i}.{kind}.weight"] = expert
+        router = rng.standard_normal((config["num_local_experts"], config["hidden_size"])) * 0.1
+        found[f"{layer}.block_sparse_moe.gate.weight"] = router.astype(tensor.dtype)
+    return found
 
 
 def safetensors_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.kernels.harness import Entry, Run, make_batch, step
-from tests.models.hf_fixtures import TINY, llama_tensors, write_model
+from tests.models.hf_fixtures import MIXTRAL, TINY, llama_tensors, mixtral_tensors, write_model
 from tokenloom.engine.engine import Engine, EngineLimits
 from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
 from tokenloom.engine.request import Request
@@ -82,14 +82,25 @@ def resident_bytes() -> int:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell")
 @pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
 @pytest.mark.parametrize(
-    ("dtype", "weights", "num_threads"),
-    [("float32", "auto", 1), ("bfloat16", "int8", 2), ("bfloat16", "int4", 4)],
+    ("dtype", "weights", "num_threads", "experts"),
+    [
+        ("float32", "auto", 1, False),
+        ("bfloat16", "int8", 2, False),
+        ("bfloat16", "int4", 4, False),
+        ("float32", "auto", 2, True),
+        ("bfloat16", "int8", 2, True),
+    ],
 )
-def test_native_steps_stay_within_the_plan(tmp_path: Path, dtype: str, weights: str, num_threads: int):
+def test_native_steps_stay_within_the_plan(
+    tmp_path: Path, dtype: str, weights: str, num_threads: int, experts: bool
+):
     vocab_size, length = 60_000, 4096
     config = MIDDLE | {"vocab_size": vocab_size, "num_key_value_heads": 1, "max_position_embeddings": length}
     config |= {"hidden_size": 64, "intermediate_size": 176}
-    directory = write_model(tmp_path, config, llama_tensors(config))
+    if experts:
+        config |= MIXTRAL | {"intermediate_size": 1024}
+    tensors = mixtral_tensors(config) if experts else llama_tensors(config)
+    directory = write_model(tmp_path, config, tensors)
     program = describe_model(directory).program
     pool = extension.thread_pool(num_threads)
     packer = WeightPacker(program, dtype, pool, roundings(program, weights))  # type: ignore[arg-type]

@@ -8,7 +8,9 @@ come from the caches, so that a fraction can be above 1.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, NamedTuple
 
@@ -17,7 +19,7 @@ import numpy as np
 from tokenloom.errors import InvalidParameter, UnsupportedFeature
 from tokenloom.kernels.native import extension
 from tokenloom.kernels.native.backend import NativeBackend
-from tokenloom.kernels.program import Attention, Linear, RopeStore
+from tokenloom.kernels.program import Attention, Experts, Linear, Program, RopeStore
 from tokenloom.models.memory_plan import pages_of
 from tokenloom.runtime.synthetic_batches import page_writers, uniform_batch
 
@@ -143,6 +145,9 @@ def _report(case: Case, backend: NativeBackend, limits: Limits, seconds: list[fl
             shape = next(spec.shape for spec in program.weights if spec.name == name)
             operations = 2.0 * shape[0] * shape[1] * case.sequences * rows
             least = max(size / limits.bandwidth, operations / _peak(limits, fmt))
+        elif isinstance(op, Experts):
+            kind, size, operations = "experts", *_experts_work(program, op, weights, case.sequences * rows)
+            least = max(size / limits.bandwidth, operations / _peak(limits, weights[op.down[0]][0]))
         elif isinstance(op, Attention):
             kind = "attention"
             seen = case.sequences * sum(case.context + case.rows - i for i in range(rows))
@@ -169,6 +174,18 @@ def _report(case: Case, backend: NativeBackend, limits: Limits, seconds: list[fl
     total = sum(spent.values())
     least_total = sum(item[2] for item in work.values())
     return StepReport(case=case.name, seconds=total, fraction=least_total / total, ops=shares)
+
+
+def _experts_work(
+    program: Program, op: Experts, weights: Mapping[str, tuple[str, int]], rows: int
+) -> tuple[int, float]:
+    """Bytes of the experts that `rows` rows are likely to choose, if all are equally good, and operations."""
+    top_k = next(spec.width for spec in program.buffers if spec.name == op.routes) // 2
+    used = 1 - (1 - top_k / len(op.down)) ** rows
+    names = (*op.gate_up, *op.down)
+    shapes = {spec.name: spec.shape for spec in program.weights}
+    elements = sum(math.prod(shapes[name]) for name in names) / len(op.down)
+    return int(sum(weights[name][1] for name in names) * used), 2.0 * elements * rows * top_k
 
 
 def _vector_bytes(head_dim: int, kv_dtype: str) -> int:

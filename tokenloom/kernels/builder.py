@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenloom.kernels.program import (
     Attention,
     BufferDtype,
@@ -10,6 +12,7 @@ from tokenloom.kernels.program import (
     Embed,
     EmbedPositions,
     Epilogue,
+    Experts,
     Head,
     KVGeometry,
     LayerNorm,
@@ -18,6 +21,7 @@ from tokenloom.kernels.program import (
     Program,
     RMSNorm,
     RopeStore,
+    Route,
     WeightSpec,
 )
 
@@ -96,6 +100,23 @@ class ProgramBuilder:
         scale: float = 1.0,
     ) -> str:
         self._ops.append(Linear(source, weight, out, bias, epilogue, scale=scale))
+        return out
+
+    def route(self, source: str, out: str, *, top_k: int, normalized: bool) -> str:
+        self._ops.append(Route(source, out, top_k, normalized))
+        return out
+
+    def experts(
+        self,
+        source: str,
+        routes: str,
+        gate_up: Sequence[str],
+        down: Sequence[str],
+        out: str,
+        *,
+        epilogue: Epilogue = "silu_mul",
+    ) -> str:
+        self._ops.append(Experts(source, routes, out, tuple(gate_up), tuple(down), epilogue))
         return out
 
     def rope_store(

@@ -8,17 +8,23 @@ has nothing to decide. Buffers hold one row per row of the token batch.
 Embed -> x
 per layer:  RMSNorm(x) -> h   Linear(h) -> qkv   RopeStore(qkv) -> q, KV pool   Attention(q, KV pool) -> a
             Linear(a) += x    RMSNorm(x) -> h    Linear(h), silu_mul -> m       Linear(m) += x
+            (or, with experts: Linear(h) -> r   Route(r) -> s   Experts(h, s) += x)
 RMSNorm(x) -> h;  Head(h): logits of the rows that need them
 ```
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 SPLIT = 128
 """Keys per split of attention: a constant of the numerics contract."""
+
+MAX_EXPERTS = 1024
+MAX_CHOSEN = 64
+"""How many experts there are, and a row goes to, at most."""
 
 BufferDtype = Literal["float32", "activation"]
 Epilogue = Literal["none", "silu_mul", "gelu_mul", "gelu", "relu", "residual"]
@@ -181,7 +187,40 @@ class Attention:
     softcap: float | None = None
 
 
-Op = Embed | EmbedPositions | Cast | LayerNorm | RMSNorm | Linear | RopeStore | Attention
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Chooses the `top_k` experts of each row: out [2 top_k] = their weights, then their numbers.
+
+    e = exp(source - max(source)) in fp32. The largest `top_k` of source are chosen in falling order, ties to the
+    lowest number. A weight is e / sum(e) over all experts; `normalized`: over the chosen ones, added in that order
+    (Shazeer et al. 2017; Switch transformers, Fedus et al. 2022).
+    """
+
+    source: str
+    out: str
+    top_k: int
+    normalized: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A gated MLP of each expert over the rows that were routed to it: out += w * (h @ down.T) for the experts of
+    a row in the order of their numbers.
+
+    h is the `Linear` of source and the expert's gate_up with its paired `epilogue`, rounded to the activation
+    format. The product with down, that with w and the sum are fp32. `routes` is what `Route` wrote; `gate_up` and
+    `down` name one weight for each expert.
+    """
+
+    source: str
+    routes: str
+    out: str
+    gate_up: tuple[str, ...]
+    down: tuple[str, ...]
+    epilogue: Epilogue = "silu_mul"
+
+
+Op = Embed | EmbedPositions | Cast | LayerNorm | RMSNorm | Linear | RopeStore | Attention | Route | Experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +263,21 @@ class Program:
         """How many RoPE tables there must be, one behind the other."""
         return 1 + max((op.table for op in self.ops if isinstance(op, RopeStore)), default=0)
 
+    def products(self) -> Iterator[tuple[str, bool]]:
+        """The weight of each product in order, the head's last, and whether it is of gate and up pairs."""
+        for op in self.ops:
+            if isinstance(op, Linear):
+                yield op.weight, op.epilogue in PAIRED
+            elif isinstance(op, Experts):
+                yield from ((name, True) for name in op.gate_up)
+                yield from ((name, False) for name in op.down)
+        yield self.head.weight, False
+
+    def routers(self) -> set[str]:
+        """Weights whose products choose experts."""
+        scores = {op.source for op in self.ops if isinstance(op, Route)}
+        return {op.weight for op in self.ops if isinstance(op, Linear) and op.out in scores}
+
     def check(self) -> None:
         """Raise ValueError unless every name is known, every buffer is written before it is read, and all
         shapes agree."""
@@ -243,6 +297,7 @@ class _Checker:
         self.written: set[str] = set()
         self.stored: set[int] = set()
         self.biases: set[str] = set()
+        self.routed: dict[str, int] = {}
         _distinct("buffer", [spec.name for spec in program.buffers])
         _distinct("weight", [spec.name for spec in program.weights])
         for spec in program.weights:
@@ -362,6 +417,33 @@ class _Checker:
         self.read(op.source, op.num_heads * op.head_dim)
         self.write(op.out, op.num_heads * op.head_dim)
 
+    def route(self, op: Route) -> None:
+        self.exact(op.source, "experts are chosen by it")
+        if not 1 <= op.top_k <= min(self.read(op.source), MAX_CHOSEN):
+            raise ValueError(
+                f"{op.top_k} of {self.read(op.source)} experts; there are 1 to all, at most {MAX_CHOSEN}"
+            )
+        if self.width(op.source) > MAX_EXPERTS:
+            raise ValueError(f"{self.width(op.source)} experts; there are up to {MAX_EXPERTS}")
+        self.exact(op.out, "it holds numbers of experts")
+        self.write(op.out, 2 * op.top_k)
+        self.routed[op.out] = self.width(op.source)
+
+    def experts(self, op: Experts) -> None:
+        if self.read(op.routes) and self.routed.get(op.routes) != len(op.gate_up):
+            raise ValueError(f"{op.routes} is no choice of {len(op.gate_up)} experts")
+        if len(op.down) != len(op.gate_up) or op.epilogue not in PAIRED:
+            raise ValueError(f"experts over {op.source} lack a weight, or their epilogue is {op.epilogue}")
+        width = self.read(op.source)
+        if op.source in self.float32:
+            raise ValueError(f"buffer {op.source} must be an activation: it goes into a product")
+        self.exact(op.out, "it is a residual stream")
+        rows = {self.weight(name, -1, width)[0] for name in op.gate_up}
+        if len(rows) != 1 or (hidden := rows.pop()) % 2:
+            raise ValueError(f"experts over {op.source} are of different sizes, or no gate and up pairs")
+        for name in op.down:
+            self.weight(name, self.read(op.out), hidden // 2)
+
     def heads(self, op: RopeStore | Attention) -> None:
         if (op.num_kv_heads, op.head_dim) != (self.kv.num_kv_heads, self.kv.head_dim):
             raise ValueError(f"layer {op.layer} has other heads than the KV pool {self.kv}")
@@ -388,6 +470,10 @@ def _check(program: Program) -> None:
             checker.linear(op)
         elif isinstance(op, RopeStore):
             checker.rope_store(op)
+        elif isinstance(op, Route):
+            checker.route(op)
+        elif isinstance(op, Experts):
+            checker.experts(op)
         else:
             checker.attention(op)
     if checker.stored != set(range(program.kv.num_layers)):

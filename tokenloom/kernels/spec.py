@@ -275,6 +275,19 @@ def layer_norm(x: Float32, weight: Float32, bias: Float32 | None, epsilon: float
     return normed if bias is None else normed + bias
 
 
+def route(scores: Float32, top_k: int, normalized: bool) -> tuple[Float32, NDArray[np.intp]]:
+    """One row of `Route`: fp32 [experts] -> weights and numbers of the chosen, [top_k]. All exponentials are added
+    in lanes, those of the chosen one by one."""
+    chosen = np.argsort(-scores, kind="stable")[:top_k]
+    e = exp(scores - scores[chosen[0]])
+    total = lane_sum(e)
+    if normalized:
+        total = np.float32(0)
+        for value in e[chosen]:
+            total += value
+    return e[chosen] / total, chosen
+
+
 def attention(query: Float32, keys: Float32, values: Float32, scale: float, first: int = 0) -> Float32:
     """One query head over the keys of its path: [d], [n, d], [n, d] -> [d], all fp32 (as stored).
 

@@ -38,6 +38,18 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsConfig:
+    """A mixture of experts in place of the MLP: `count` gated MLPs that are `width` wide, of which each token
+    takes the best `top_k`. `normalized`: their weights add up to 1. The MLP of `dense_layers` is an ordinary one."""
+
+    count: int
+    top_k: int
+    width: int
+    normalized: bool
+    dense_layers: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Shapes and options of a decoder-only model.
 
@@ -52,7 +64,8 @@ class ModelConfig:
     `norm_offset` is added to the weights of norms. `embedding_scale`, `residual_scale` and `logits_divisor` are
     factors of the embedding, of what a block adds to the residual stream, and below the logits;
     `attention_scale` is that of q (None: 1 / sqrt(head_dim)). `attention_softcap` and `logits_softcap` bound
-    scores and logits. `local_rope` turns the layers with a window, where it is not None.
+    scores and logits. `local_rope` turns the layers with a window, where it is not None. `experts`: layers have them in
+    place of the MLP.
     """
 
     family: str
@@ -83,6 +96,7 @@ class ModelConfig:
     logits_divisor: float = 1.0
     norm_offset: float = 0.0
     local_rope: RopeConfig | None = None
+    experts: ExpertsConfig | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

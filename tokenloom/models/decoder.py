@@ -100,6 +100,26 @@ class Blocks:
         )
         self._project(gated, p + "down_proj", out, c.mlp_bias, residual)
 
+    def experts(self, layer: int, out: str, prefix: str, names: Sequence[str]) -> None:
+        """A mixture of experts over `normed`, added to `out`. `names` are those of gate, up and down."""
+        c, b, p = self.config, self.b, f"model.layers.{layer}.{prefix}."
+        e = c.experts
+        if e is None:
+            raise ValueError("a model without experts")
+        scores, routes = b.buffer("scores", e.count), b.buffer("routes", 2 * e.top_k)
+        b.linear(self.normed, b.weight(f"{p}gate.weight", e.count, self._width()), scores)
+        b.route(scores, routes, top_k=e.top_k, normalized=e.normalized)
+        each = [f"{p}experts.{i}." for i in range(e.count)]
+        gate, up, down = names
+        b.experts(
+            self.normed,
+            routes,
+            [b.weight((f"{q}{gate}.weight", f"{q}{up}.weight"), 2 * e.width, self._width()) for q in each],
+            [b.weight(f"{q}{down}.weight", self._width(), e.width) for q in each],
+            out,
+            epilogue="silu_mul" if c.activation == "silu" else "gelu_mul",
+        )
+
     def finish(self) -> Program:
         """The last norm and the head."""
         self.norm("model.norm", self.x, self.normed)
@@ -146,8 +166,10 @@ def build(
     *,
     qkv: Sequence[str] = ("q_proj", "k_proj", "v_proj"),
     gate_up: Sequence[str] = ("gate_proj", "up_proj"),
+    experts: tuple[str, Sequence[str]] = ("mlp", ("gate_proj", "up_proj", "down_proj")),
 ) -> Program:
-    """The forward pass of a model of such layers."""
+    """The forward pass of a model of such layers. `experts`: where a layer has them, and how the parts of one are
+    called."""
     blocks = Blocks(config, qkv=qkv, gate_up=gate_up)
     blocks.embed()
     for layer in range(config.num_layers):
@@ -155,7 +177,10 @@ def build(
         blocks.norm(p + "input_layernorm", blocks.x, blocks.normed)
         blocks.attention(layer, blocks.x)
         blocks.norm(p + "post_attention_layernorm", blocks.x, blocks.normed)
-        blocks.mlp(layer, blocks.x)
+        if config.experts is not None and layer not in config.experts.dense_layers:
+            blocks.experts(layer, blocks.x, *experts)
+        else:
+            blocks.mlp(layer, blocks.x)
     return blocks.finish()
 
 

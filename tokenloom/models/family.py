@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenloom.kernels.program import Program
-from tokenloom.models.config import ModelConfig
+from tokenloom.kernels.program import MAX_CHOSEN, MAX_EXPERTS, Program
+from tokenloom.models.config import ExpertsConfig, ModelConfig
 from tokenloom.models.json_fields import Fields
 
 Read = Callable[[Fields, ModelConfig], ModelConfig]
@@ -56,3 +56,17 @@ def sliding_layers(
         written.refuse("layer_types", f"{config.num_layers} of full_attention and sliding_attention")
     windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
     return windows if any(windows) else ()
+
+
+def read_experts(
+    written: Fields, *, width: str, normalized: bool, dense_layers: frozenset[int] = frozenset()
+) -> ExpertsConfig:
+    """The experts; `width` is the field of their size. Raises `ModelError`."""
+    count = written.integer("num_experts", 1, MAX_EXPERTS)
+    return ExpertsConfig(
+        count=count,
+        top_k=written.integer("num_experts_per_tok", 1, min(count, MAX_CHOSEN)),
+        width=written.integer(width, 1, 1 << 20),
+        normalized=normalized,
+        dense_layers=dense_layers,
+    )

@@ -20,7 +20,7 @@ from tokenloom.errors import InvalidParameter, OutOfMemory
 from tokenloom.kernels.backend import kv_page_bytes
 from tokenloom.kernels.native.packed_forms import WeightForm, expected_forms
 from tokenloom.kernels.native.sizes import form_bytes, step_bytes
-from tokenloom.kernels.program import Embed, Linear, Program, WeightSpec
+from tokenloom.kernels.program import Embed, Program, Route, WeightSpec
 from tokenloom.models.config import ModelConfig
 from tokenloom.models.machine_memory import MachineMemory, read_machine_memory
 from tokenloom.models.rope import table_bytes
@@ -131,7 +131,7 @@ class MemoryPlan:
             weight_size = sum(map(form_bytes, forms.values()))
             workspace = step_bytes(
                 program,
-                forms.values(),
+                forms,
                 dtype=dtype,
                 kv_dtype=kv_dtype,
                 max_batch_tokens=max_batch_tokens,
@@ -219,7 +219,7 @@ def weight_bytes(config: ModelConfig, program: Program, dtype: str = "auto", wei
     as the reference backend packs them in float32. Weights in 8 or 4 bits are loaded as float32.
     """
     narrow = dtype in ("bfloat16", "float16") or config.dtype != "float32"
-    multiplied = {op.weight for op in program.ops if isinstance(op, Linear)} | {program.head.weight}
+    multiplied = {name for name, _ in program.products()}
     wide = multiplied if config.quantization is not None else set()
     if weights != "auto":
         wide = multiplied | {op.weight for op in program.ops if isinstance(op, Embed)}
@@ -246,8 +246,9 @@ def packed_weights(
 
 def _stored(config: ModelConfig, program: Program, spec: WeightSpec) -> list[tuple[str, int]]:
     """The types of the sources of a weight; linears and the head may be stored in 4 bits, embeddings not."""
-    multiplied = {op.weight for op in program.ops if isinstance(op, Linear)} | {program.head.weight}
-    is_linear = spec.name in multiplied - {op.weight for op in program.ops if isinstance(op, Embed)}
+    multiplied = {name for name, _ in program.products()}
+    embeddings = {op.weight for op in program.ops if isinstance(op, Embed)}
+    is_linear = spec.name in multiplied - embeddings - program.routers()
     quantization = config.quantization
     return [
         ("int4", quantization.group)
@@ -290,8 +291,9 @@ def workspace_bytes(config: ModelConfig, program: Program, max_batch_tokens: int
     """Upper estimate of the buffers and temporaries of one step of `max_batch_tokens` rows."""
     widths = [buffer.width for buffer in program.buffers]
     specs = {weight.name: weight for weight in program.weights}
-    widest = max((specs[op.weight].shape[0] for op in program.ops if isinstance(op, Linear)), default=0)
-    row = sum(widths) + 2 * widest + 4 * config.q_size
+    widest = max(specs[name].shape[0] for name, _ in program.products() if name != program.head.weight)
+    chosen = max((op.top_k for op in program.ops if isinstance(op, Route)), default=1)
+    row = sum(widths) + 2 * chosen * widest + 4 * config.q_size
     # Attention gathers K and V of some sequences and scores some splits of 128 keys at a time: a few million
     # numbers, or what one split of the step takes (heads padded to tiles at most double it).
     keys = 2 * max(1 << 21, _SINGLE_ROWS * 2 * config.kv_size * _SPLIT_KEYS)

@@ -1,4 +1,5 @@
-"""Qwen 2 and 2.5: Llama with biases on q, k and v. Qwen 3: a norm over each head of q and k instead."""
+"""Qwen 2 and 2.5: Llama with biases on q, k and v. Qwen 3: a norm over each head of q and k instead, and a
+mixture of experts in the MoE models."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from dataclasses import replace
 
 from tokenloom.models import decoder
 from tokenloom.models.config import ModelConfig
-from tokenloom.models.family import Family, sliding_layers
+from tokenloom.models.family import Family, read_experts, sliding_layers
 from tokenloom.models.json_fields import Fields
 
 _DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
@@ -32,6 +33,22 @@ def _read_qwen3(written: Fields, config: ModelConfig) -> ModelConfig:
     )
 
 
+def _read_qwen3_moe(written: Fields, config: ModelConfig) -> ModelConfig:
+    """Layers have experts but for those of `mlp_only_layers`, and `decoder_sparse_step` says every how many."""
+    step = written.integer("decoder_sparse_step", 1, 1 << 12, default=1)
+    listed = written.data.get("mlp_only_layers") or []
+    if not isinstance(listed, list) or any(type(layer) is not int for layer in listed):
+        written.refuse("mlp_only_layers", "a list of numbers of layers")
+    dense = {layer for layer in range(config.num_layers) if layer in listed or (layer + 1) % step}
+    experts = read_experts(
+        written,
+        width="moe_intermediate_size",
+        normalized=written.flag("norm_topk_prob", False),
+        dense_layers=frozenset(dense),
+    )
+    return replace(_read_qwen3(written, config), experts=experts)
+
+
 QWEN2 = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
@@ -45,4 +62,20 @@ QWEN3 = Family(
     build=decoder.build,
     read=_read_qwen3,
     defaults=_DEFAULTS | {"head_dim": 128},
+)
+QWEN3_MOE = Family(
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    build=decoder.build,
+    read=_read_qwen3_moe,
+    defaults={
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+    },
+    names={"num_experts": "num_local_experts"},
 )

@@ -13,9 +13,11 @@ from tokenloom.models.gpt2 import GPT2, OPT
 from tokenloom.models.granite import GRANITE
 from tokenloom.models.llama import LLAMA
 from tokenloom.models.mistral import MISTRAL
+from tokenloom.models.mixtral import MIXTRAL
 from tokenloom.models.olmo2 import OLMO2
+from tokenloom.models.olmoe import OLMOE
 from tokenloom.models.phi3 import PHI3
-from tokenloom.models.qwen import QWEN2, QWEN3
+from tokenloom.models.qwen import QWEN2, QWEN3, QWEN3_MOE
 from tokenloom.models.stablelm import STABLELM
 
 FAMILIES: Mapping[str, Family] = {
@@ -33,6 +35,9 @@ FAMILIES: Mapping[str, Family] = {
         STABLELM,
         GPT2,
         OPT,
+        MIXTRAL,
+        QWEN3_MOE,
+        OLMOE,
     )
 }
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from numpy.typing import NDArray
 
 from tokenloom.errors import InvalidParameter, ModelError
-from tokenloom.kernels.program import Embed, Linear, Program, RopeStore, WeightSpec
+from tokenloom.kernels.program import PAIRED, Embed, Experts, Linear, Program, RopeStore, WeightSpec
 from tokenloom.models.checkpoint import Checkpoint
 from tokenloom.quantization import round_to_nearest
 from tokenloom.quantization.weights import Int4Matrix, Int8Matrix, int4_bytes, int8_bytes, row_blocks
@@ -137,10 +137,12 @@ def resolve_weights(weights: str, checkpoint: Checkpoint) -> WeightFormat:
 
 def roundings(program: Program, weights: WeightFormat) -> dict[str, Literal["int8", "int4"]]:
     """The format of each weight that is rounded, by name: linears get the chosen one; embedding and head, on
-    whose rows every token depends directly, get int8 in both."""
+    whose rows every token depends directly, get int8 in both. What chooses experts stays as it is: a choice
+    is no matter of degree."""
     if weights == "auto":
         return {}
-    result = {op.weight: weights for op in program.ops if isinstance(op, Linear)}
+    routers = program.routers()
+    result = {name: weights for name, _ in program.products() if name not in routers}
     outer = {op.weight for op in program.ops if isinstance(op, Embed)} | {program.head.weight}
     return result | dict.fromkeys(outer, "int8")
 
@@ -173,7 +175,7 @@ def check_weights(program: Program, checkpoint: Checkpoint) -> None:
     problems: list[str] = []
     used: set[str] = set()
     rows = _source_rows(program)
-    quantizable = {op.weight for op in program.ops if isinstance(op, Linear)} | {program.head.weight}
+    quantizable = {name for name, _ in program.products()} - program.routers()
     quantizable -= {op.weight for op in program.ops if isinstance(op, Embed)}
     for spec in program.weights:
         used.update(spec.sources)
@@ -267,6 +269,9 @@ def _source_rows(program: Program) -> dict[str, tuple[int, ...]]:
     specs = {spec.name: spec for spec in program.weights}
     result = {spec.name: spec.shape[:1] for spec in program.weights if len(spec.sources) == 1}
     attention = {op.source: op for op in program.ops if isinstance(op, RopeStore)}
+    for expert in (name for op in program.ops if isinstance(op, Experts) for name in op.gate_up):
+        if len(specs[expert].sources) == 2:
+            result[expert] = (specs[expert].shape[0] // 2, specs[expert].shape[0] // 2)
     for op in program.ops:
         if not isinstance(op, Linear):
             continue
@@ -278,7 +283,7 @@ def _source_rows(program: Program) -> dict[str, tuple[int, ...]]:
             if len(spec.sources) == 3 and rope is not None:
                 kv_size = rope.num_kv_heads * rope.head_dim
                 result[spec.name] = (rope.num_heads * rope.head_dim, kv_size, kv_size)
-            elif len(spec.sources) == 2 and op.epilogue == "silu_mul":
+            elif len(spec.sources) == 2 and op.epilogue in PAIRED:
                 result[spec.name] = (spec.shape[0] // 2, spec.shape[0] // 2)
     return result
 

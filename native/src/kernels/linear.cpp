@@ -261,9 +261,10 @@ TL_INLINE void put(const LinearCall& call, int64_t row, Columns at, F y) {
         if (at.count == kLanes) store_bf16(p, y); else store_bf16(p, y, at.count);
         return;
     }
-    float* p = (float*)call.out + row * call.out_stride + at.at;
+    float* p = (float*)call.out + (call.out_rows ? call.out_rows[row] : row) * call.out_stride + at.at;
     if (call.epilogue == Epilogue::residual) {
         if (call.scale != 1.0f) y = mul(y, set(call.scale));
+        if (call.out_weights) y = mul(y, set(call.out_weights[row]));
         y = add(load(p, at.count), y);
     }
     store(p, y, at.count);
@@ -406,7 +407,7 @@ static void run_panel_i4(const Block& block, int64_t panel) {
 static void linear(const LinearCall& call, int64_t begin, int64_t end) {
     alignas(64) float sums[kBlockRows * kPanel];
     const PackedMatrix& weight = *call.weight;
-    const bool quantized = weight.format == Format::i8 || weight.format == Format::i4;
+    const bool quantized = is_quantized(weight);
     const int64_t stride = quantized ? call.quantized.stride
                                      : call.source_stride * (weight.format == Format::f32 ? 4 : 2);
     const uint8_t* source = quantized ? (const uint8_t*)call.quantized.values : (const uint8_t*)call.source;

@@ -68,6 +68,42 @@ static void layer_norm(const LayerNormCall& call, int64_t begin, int64_t end) {
     }
 }
 
+// spec.route. A choice that compares like this is always one of the experts, also among NaNs.
+static void route(const RouteCall& call, int64_t begin, int64_t end) {
+    const int64_t experts = call.experts, top_k = call.top_k;
+    for (int64_t row = begin; row < end; ++row) {
+        const float* x = call.source + row * call.source_stride;
+        float* weights = call.out + row * call.out_stride;
+        float* numbers = weights + top_k;
+        bool taken[kMaxExperts] = {false};
+        alignas(64) float e[kMaxChosen] = {0};
+        for (int64_t j = 0; j < top_k; ++j) {
+            int64_t best = -1;
+            for (int64_t i = 0; i < experts; ++i)
+                if (!taken[i] && (best < 0 || x[i] > x[best])) best = i;
+            taken[best] = true;
+            numbers[j] = static_cast<float>(best);
+            e[j] = x[best];
+        }
+        const F top = set(e[0]);
+        for (int64_t i = 0; i < top_k; i += kLanes) store(e + i, exp(sub(load(e + i), top)));
+        float total = 0;
+        if (call.normalized) {
+            for (int64_t j = 0; j < top_k; ++j) total += e[j];
+        } else {
+            F all = zero();
+            for (int64_t i = 0; i < experts; i += kLanes) {
+                int n = experts - i < kLanes ? static_cast<int>(experts - i) : kLanes;
+                F part = exp(sub(load(x + i, n), top));
+                if (n < kLanes) part = select(first(n), part, zero());
+                all = add(all, part);
+            }
+            total = sum(all);
+        }
+        for (int64_t j = 0; j < top_k; ++j) weights[j] = e[j] / total;
+    }
+}
+
 static void widen(const void* source, TableDtype dtype, int64_t width, bool rounded, float* out) {
     const uint16_t* narrow_source = static_cast<const uint16_t*>(source);
     for (int64_t i = 0; i < width; i += kLanes) {
@@ -100,7 +136,7 @@ static void narrow(const float* source, int64_t width, Dtype dtype, void* out) {
 }
 
 extern const RowKernels row_kernels;
-const RowKernels row_kernels = {&rms_norm, &layer_norm, &widen, &narrow};
+const RowKernels row_kernels = {&rms_norm, &layer_norm, &route, &widen, &narrow};
 
 }  // namespace TL_ISA
 }  // namespace tokenloom

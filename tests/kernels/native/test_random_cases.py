@@ -23,7 +23,7 @@ from tests.kernels.native import test_linear as linear
 from tokenloom.engine.batch import PAGE_SIZE, TokenBatch, Work
 from tokenloom.kernels import spec
 from tokenloom.kernels.program import SPLIT, Attention, Program
-from tokenloom.models.config import ModelConfig
+from tokenloom.models.config import ExpertsConfig, ModelConfig
 from tokenloom.models.llama import build
 from tokenloom.runtime.local import LocalExecutor
 
@@ -88,9 +88,12 @@ def make(numerics: Numerics, windows: bool, threads: int) -> LocalExecutor:
         return replace(build(config), ops=ops)
 
     with pytest.MonkeyPatch.context() as patch:
-        if windows:  # which no field of the configuration says
-            patch.setattr(harness, "build", windowed)
-        return harness.make_executor(harness.small_config(), numerics, num_threads=threads)
+        if not windows:
+            return harness.make_executor(harness.small_config(), numerics, num_threads=threads)
+        # Windows, which no field of the configuration says, and experts.
+        patch.setattr(harness, "build", windowed)
+        experts = ExpertsConfig(count=9, top_k=3, width=20, normalized=False, dense_layers=frozenset({0}))
+        return harness.make_executor(harness.small_config(experts=experts), numerics, num_threads=threads)
 
 
 def pair(row: int, path: bytes) -> list[Entry]:

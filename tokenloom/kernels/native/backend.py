@@ -19,11 +19,13 @@ from tokenloom.kernels.program import (
     Cast,
     Embed,
     EmbedPositions,
+    Experts,
     LayerNorm,
     Linear,
     Program,
     RMSNorm,
     RopeStore,
+    Route,
 )
 
 Float32 = NDArray[np.float32]
@@ -187,6 +189,13 @@ class NativeBackend:
                 self._model.rope_store(
                     self._buffers[op.source], self._buffers[op.out], op.layer, op.num_heads, op.rotary_dim,
                     q_norm, k_norm, op.epsilon, op.table,
+                )  # fmt: skip
+            elif isinstance(op, Route):
+                self._model.route(self._buffers[op.source], self._buffers[op.out], op.top_k, op.normalized)
+            elif isinstance(op, Experts):
+                self._model.experts(
+                    self._buffers[op.source], self._buffers[op.routes], self._buffers[op.out],
+                    [packed[name] for name in op.gate_up], [packed[name] for name in op.down], op.epilogue,
                 )  # fmt: skip
             else:
                 self._attention(op)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tokenloom.kernels.native import extension
 from tokenloom.kernels.native.weights import INT4_GROUP, PackedTable, shrinks
-from tokenloom.kernels.program import PAIRED, Embed, Linear, Program
+from tokenloom.kernels.program import Embed, Program
 
 Sources = Mapping[str, Sequence[tuple[str, int]]]
 """By name of each weight that will be packed, its sources as stored: (float32, bfloat16 or float16, 0), or
@@ -37,9 +37,9 @@ def expected_forms(
 ) -> dict[str, WeightForm]:
     """The form of each weight of `sources` that a `WeightPacker` of the same arguments makes, in the order of
     the program."""
-    linears = [op for op in program.ops if isinstance(op, Linear)]
-    multiplied = {op.weight for op in linears} | {program.head.weight}
-    paired = {op.weight for op in linears if op.epilogue in PAIRED}
+    products = set(program.products())
+    multiplied = {name for name, _ in products}
+    paired = {name for name, is_paired in products if is_paired}
     tables = {op.weight for op in program.ops if isinstance(op, Embed)} - multiplied
     forms: dict[str, WeightForm] = {}
     for spec in program.weights:

@@ -6,12 +6,12 @@ Each function mirrors a layout or a buffer of native/src, which it names.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 from tokenloom.kernels.backend import kv_page_bytes
 from tokenloom.kernels.native.packed_forms import WeightForm
-from tokenloom.kernels.program import Attention, BufferSpec, Program
+from tokenloom.kernels.program import Attention, BufferSpec, Experts, Program
 
 _ITEM_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 _PANEL: Final = 32
@@ -26,6 +26,7 @@ _BLOCK_ROWS: Final = 128
 _TREE_PAGES: Final = 6
 _SPLIT_PAGES: Final = 8
 _SAMPLER_BYTES: Final = 16
+_MEMBER_BYTES: Final = 12
 
 
 def form_bytes(form: WeightForm) -> int:
@@ -53,7 +54,7 @@ def quantized_row_bytes(form: WeightForm) -> int:
 
 def step_bytes(
     program: Program,
-    weights: Iterable[WeightForm],
+    weights: Mapping[str, WeightForm],
     *,
     dtype: str,
     kv_dtype: str,
@@ -66,7 +67,20 @@ def step_bytes(
     rows = max(max_batch_tokens, min(2 * max_batch_tokens, _STEADY_ROWS))
     buffers = {buffer.name: _row_bytes(buffer, dtype) for buffer in program.buffers}
     total = sum(rows * size + _ALIGN for size in buffers.values())
-    total += max(rows, _TILE_ROWS) * max(map(quantized_row_bytes, weights), default=0)
+    routes = {buffer.name: buffer.width // 2 for buffer in program.buffers}
+    experts = [op for op in program.ops if isinstance(op, Experts)]
+    # Each row counts once for each of its experts.
+    members = {name: rows * routes[op.routes] for op in experts for name in (*op.gate_up, *op.down)}
+    total += max(
+        (
+            max(members.get(name, rows), _TILE_ROWS) * quantized_row_bytes(form)
+            for name, form in weights.items()
+        ),
+        default=0,
+    )
+    for op in experts[:1]:
+        hidden = BufferSpec("", weights[op.down[0]].shape[1], "activation")
+        total += members[op.down[0]] * (buffers[op.source] + _row_bytes(hidden, dtype) + _MEMBER_BYTES)
     total += _TILE_ROWS * (buffers[program.head.source] + 4 * _padded(program.vocab_size))
     total += num_threads * _SAMPLER_BYTES * program.vocab_size
     return total + _attention_bytes(program, kv_dtype, max_batch_tokens, max_context, num_threads)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tokenloom.errors import UnsupportedFeature
 from tokenloom.kernels.native import extension
-from tokenloom.kernels.program import PAIRED, Embed, Linear, Program, WeightSpec
+from tokenloom.kernels.program import Embed, Program, WeightSpec
 
 INT4_GROUP = 64
 """Weights that share a scale when they are rounded to 4 bits at load; a divisor of the usual sizes."""
@@ -50,12 +50,10 @@ class WeightPacker:
         self._pool = pool
         self._plain = {"float32": "float32", "bfloat16": "bfloat16"}[dtype]
         self._roundings = roundings
-        linears = [op for op in program.ops if isinstance(op, Linear)]
-        self._multiplied = {op.weight for op in linears} | {program.head.weight}
-        self._paired = {op.weight for op in linears if op.epilogue in PAIRED}
-        if self._paired & (
-            {op.weight for op in linears if op.epilogue not in PAIRED} | {program.head.weight}
-        ):
+        products = set(program.products())
+        self._multiplied = {name for name, _ in products}
+        self._paired = {name for name, paired in products if paired}
+        if len(products) > len(self._multiplied):
             raise UnsupportedFeature(
                 "a weight under silu_mul and without it", "packed weights have one layout"
             )

@@ -26,12 +26,14 @@ from tokenloom.kernels.program import (
     Cast,
     Embed,
     EmbedPositions,
+    Experts,
     LayerNorm,
     Linear,
     Op,
     Program,
     RMSNorm,
     RopeStore,
+    Route,
 )
 from tokenloom.kernels.reference.attention import AttentionPlan, HeadShape, run_attention
 from tokenloom.kernels.reference.gemm import COLUMN_UNIT, ROW_TILE, PackedLinear, padded
@@ -176,6 +178,10 @@ class Interpreter:
             return self._linear_op(op)
         if isinstance(op, RopeStore):
             return self._rope_store(op)
+        if isinstance(op, Route):
+            return self._route(op)
+        if isinstance(op, Experts):
+            return self._experts(op)
         return self._attention(op)
 
     def _linear(self, name: str) -> PackedLinear:
@@ -290,6 +296,52 @@ class Interpreter:
 
         def run(step: Step) -> None:
             self._workers.run([partial(block, step, i) for i in range(0, step.padded_rows, _BLOCK_ROWS)])
+
+        return run
+
+    def _route(self, op: Route) -> CompiledOp:
+        width, top_k = self._widths[op.source], op.top_k
+
+        def run(step: Step) -> None:
+            scores = step.wide[op.source][: step.rows, :width]
+            routes = step.wide[op.out][: step.rows]
+            chosen = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
+            e = np.exp(scores - np.take_along_axis(scores, chosen[:, :1], 1))
+            weights = np.take_along_axis(e, chosen, 1)
+            weights /= np.add.reduce(weights if op.normalized else e, axis=1, keepdims=True)
+            routes[:, :top_k] = weights
+            routes[:, top_k : 2 * top_k] = chosen
+
+        return run
+
+    def _experts(self, op: Experts) -> CompiledOp:
+        gate_up, down = list(map(self._linear, op.gate_up)), list(map(self._linear, op.down))
+        width, top_k, rounds = self._widths[op.out], self._widths[op.routes] // 2, self._rounds
+        depth, hidden, tall = gate_up[0].depth, gate_up[0].num_columns // 2, gate_up[0].padded_columns
+
+        def expert(step: Step, number: int, rows: Indices, weights: Float32) -> None:
+            count, size = len(rows), padded(len(rows), ROW_TILE)
+            source = np.zeros((size, depth), np.float32)
+            source[:count] = step.wide[op.source][rows, :depth]
+            both = np.empty((size, tall), np.float32)
+            gate_up[number].multiply(source, both)
+            inner = np.zeros((size, down[number].depth), np.float32)
+            if op.epilogue == "silu_mul":
+                _silu_mul(both[:, : 2 * hidden], inner[:, :hidden])
+            else:
+                np.multiply(_gelu(both[:, :hidden]), both[:, hidden : 2 * hidden], out=inner[:, :hidden])
+            if rounds:
+                round_bfloat16(inner)
+            product = np.empty((size, down[number].padded_columns), np.float32)
+            down[number].multiply(inner, product)
+            step.wide[op.out][rows, :width] += product[:count, :width] * weights[:, None]
+
+        def run(step: Step) -> None:
+            routes = step.wide[op.routes][: step.rows, : 2 * top_k]
+            chosen = routes[:, top_k:].astype(np.intp)
+            for number in np.unique(chosen).tolist():
+                rows, places = np.nonzero(chosen == number)
+                expert(step, number, rows, routes[rows, places])
 
         return run
 
