@@ -87,12 +87,11 @@ def make(numerics: Numerics, windows: bool, threads: int) -> LocalExecutor:
         ops = tuple(replace(op, window=WINDOWS[op.layer]) if isinstance(op, Attention) else op for op in ops)
         return replace(build(config), ops=ops)
 
+    # The first layer has an MLP, the second one experts.
+    experts = ExpertsConfig(count=9, top_k=3, width=20, normalized=False, dense_layers=frozenset({0}))
     with pytest.MonkeyPatch.context() as patch:
-        if not windows:
-            return harness.make_executor(harness.small_config(), numerics, num_threads=threads)
-        # Windows, which no field of the configuration says, and experts.
-        patch.setattr(harness, "build", windowed)
-        experts = ExpertsConfig(count=9, top_k=3, width=20, normalized=False, dense_layers=frozenset({0}))
+        if windows:  # which no field of the configuration says
+            patch.setattr(harness, "build", windowed)
         return harness.make_executor(harness.small_config(experts=experts), numerics, num_threads=threads)
 
 
