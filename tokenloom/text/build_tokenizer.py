@@ -35,6 +35,8 @@ _EXPRESSIONS: Mapping[PreTokenizerKind, str] = {
         r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
 }
+# More than any text begins with.
+_ALL_SPACES = 1 << 30
 _DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥\u0800-一가-퟿]+")
 
 
@@ -87,7 +89,8 @@ def sentencepiece_bpe(
         decoders.ByteFallback(),
         decoders.Fuse(),
     ]
-    backend.decoder = decoders.Sequence(join if prefix == "none" else [*join, decoders.Strip(" ", 1, 0)])
+    dropped = _ALL_SPACES if remove_extra_whitespaces else int(prefix != "none")
+    backend.decoder = decoders.Sequence([*join, decoders.Strip(" ", dropped, 0)] if dropped else join)
     for piece, kind in zip(pieces, kinds, strict=True):
         if kind in ("control", "unknown"):
             backend.add_special_tokens([AddedToken(piece, normalized=False, special=True)])
