@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ HOSTILE = {
     "repeated from the left": "{{ (10**9 * 'x') | length }}",
     "repeated list": "{% set x = [0] * 10**9 %}",
     "repeated repetition": "{% set x = ([0] * 99999) * 99999 %}",
-    "power": "{{ (10 ** 10 ** 9) > 1 }}",
+    "power": "{{ (10 ** (10 ** 9)) > 1 }}",
     "squares": "{% set ns = namespace(x=3) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
     "doubled by ~": "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     "doubled by +": "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
@@ -50,9 +51,10 @@ HOSTILE = {
     "empty replace": "{% set x = 'x' * 9999999 %}{{ x.replace('', x) }}",
     "joined": "{% set x = 'x' * 9999999 %}{{ ([x] * 99999) | join }}",
     "joined by a method": "{% set x = 'x' * 9999999 %}{{ ''.join([x] * 99999) }}",
-    "joined lazily": "{% set x = 'x' * 9999999 %}{{ [x] * 99999 | map('string') | join }}",
+    "joined lazily": "{% set x = 'x' * 9999999 %}{{ ([x] * 99999) | map('string') | join }}",
     "joined by a long text": "{% set x = 'x' * 9999999 %}{{ range(9999) | join(x) }}",
     "joined by the method of a long text": "{% set x = 'x' * 9999999 %}{{ x.join(range(9999) | map('string')) }}",
+    "joined attributes": "{{ ([messages[0]] * 99999) | join(attribute='content') | length }}",
     "sum of lists": "{{ ([[0] * 9999] * 9999) | sum(start=[]) | length }}",
     "width by %": "{{ '%9999999999d' % 1 }}",
     "width of a width": "{{ '%*d' % (9999999999, 1) }}",
@@ -91,6 +93,31 @@ HOSTILE = {
     ),
     "lorem ipsum": "{{ lipsum(n=999999999) | length }}",
     "lorem ipsum of words": "{{ lipsum(n=1, min=999999998, max=999999999) | length }}",
+    **{
+        f"nested, {use}": (
+            "{% set ns = namespace(x=[1], y=[2]) %}{% for i in range(99) %}"
+            "{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}{% endfor %}" + use
+        )
+        for use in (
+            "{{ ns.x }}",
+            "{{ ns }}",
+            "{{ ns.x ~ 'a' }}",
+            "{{ ('' ~ (ns.x or 1)) | length }}",
+            "{{ ns.x == ns.y }}",
+            "{{ ns.x in [ns.y] }}",
+            "{{ [ns.x] | select('eq', ns.y) | list }}",
+            "{{ [ns.x, ns.y] | sort | length }}",
+            "{{ [ns.x, ns.y].index(ns.y) }}",
+            "{{ ns.x | tojson | length }}",
+            "{{ ns.x | string | length }}",
+            "{{ ns.x | join | length }}",
+            "{{ '%s' % (ns.x,) }}",
+            "{{ '{}'.format(ns.x) }}",
+            "{{ ','.join([ns.x]) }}",
+            "{{ ns.x | upper }}",
+            "{{ ns.x | pprint }}",
+        )
+    },
     "constant": "{{ 'x' | center(9999999999) | length }}",
     "output": "{% for i in range(99999) %}{{ messages[0].content }}{% endfor %}",
 }
@@ -108,18 +135,16 @@ def test_hostile_templates_are_refused_soon(name: str) -> None:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_usual_templates_stay_far_from_the_limit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a hundredth of the steps everything renders that renders at all."""
+    """With a tenth of the steps everything renders that renders at all."""
     template = ChatTemplate(TEMPLATES[name].read_text(encoding="utf-8"))
     variables: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>"}
 
     def texts() -> list[str | None]:
-        return [
-            ours_or_refusal(lambda ms=messages: template.render(ms, tools=TOOLS, variables=variables))
-            for messages in CONVERSATIONS.values()
-        ]
+        render = partial(template.render, tools=TOOLS, variables=variables)
+        return [ours_or_refusal(partial(render, messages)) for messages in CONVERSATIONS.values()]
 
     expected = texts()
-    monkeypatch.setattr(template_sandbox, "MAX_STEPS", template_sandbox.MAX_STEPS // 100)
+    monkeypatch.setattr(template_sandbox, "MAX_STEPS", template_sandbox.MAX_STEPS // 10)
     assert texts() == expected
 
 

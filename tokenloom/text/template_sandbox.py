@@ -17,15 +17,17 @@ from contextlib import contextmanager
 from types import BuiltinMethodType
 from typing import Any, cast
 
-from jinja2 import nodes, pass_context, pass_environment
+from jinja2 import nodes, pass_context, pass_environment, pass_eval_context
 from jinja2.environment import Environment
 from jinja2.exceptions import SecurityError
-from jinja2.filters import make_attrgetter
+from jinja2.filters import make_attrgetter, sync_do_join
+from jinja2.nodes import EvalContext
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace, generate_lorem_ipsum
 from jinja2.visitor import NodeTransformer
 
-MAX_STEPS = 1 << 22
+MAX_STEPS = 1 << 21
 MAX_CHARS = 1 << 24
 _CHARS_A_STEP = 256
 _MAX_INT_BITS = 4096
@@ -33,6 +35,9 @@ _MAX_INDENT = 64
 # Names of the filters that the sandbox itself puts into templates; no template can spell them.
 _TURN = "turn of a loop"
 _READ = "read value"
+_READ_DEEP = "read value with all that is in it"
+# A call takes about as long as this many turns of a loop.
+_CALL_STEPS = 8
 
 
 class _Budget(threading.local):
@@ -72,6 +77,28 @@ def _spend_value(value: object) -> None:
         _spend_chars(len(value))
     elif isinstance(value, (list, tuple, dict, set, range)):
         _spend(len(value))
+
+
+def _spend_deep(value: object) -> None:
+    """For a value that is compared or written: a step for each value in it, as often as it is there."""
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        _spend_value(value)
+        if isinstance(value, Namespace):
+            value = object.__getattribute__(value, "_Namespace__attrs")
+        if isinstance(value, dict):
+            stack += value.keys()
+            stack += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            stack += value
+
+
+def _written(value: Any) -> Any:
+    """Jinja passes here what a template puts out."""
+    if type(value) is not str:
+        _spend_deep(value)
+    return value
 
 
 def _whole(value: object) -> int:
@@ -141,15 +168,37 @@ _FILTER_COSTS: Mapping[str, Callable[..., None]] = {
 }
 
 
-def _metered(items: Iterable[Any]) -> Iterator[Any]:
-    """The items of a text to be joined, which are paid for before the text is made."""
+# The filters that look no deeper than into the list that they are given; others write or compare their input.
+_SHALLOW = frozenset(
+    "abs attr batch count d default first float int items last length list map random reject rejectattr reverse "
+    "round select selectattr slice sum".split()
+)
+
+
+def _metered(items: Iterable[Any], separator: object) -> Iterator[str]:
+    """The texts of the items to be joined, which are paid for before they are."""
     total = 0
     for item in items:
-        total += len(item) if isinstance(item, str) else 1
+        text = _written(item) if isinstance(item, str) else str(_written(item))
+        total += len(text) + len(str(separator))
         if total > MAX_CHARS:
             _spend_chars(total)
         _spend(1)
-        yield item
+        yield text
+
+
+@pass_eval_context
+def _join(context: EvalContext, items: Iterable[Any], d: Any = "", attribute: Any = None) -> str:
+    """Jinja's `join`, paid for item by item."""
+    if attribute is not None:
+        items = map(make_attrgetter(context.environment, attribute), items)
+    return sync_do_join(context, list(_metered(items, d)), d)
+
+
+def _lorem_ipsum(n: int = 5, html: bool = True, min: int = 20, max: int = 100) -> str:
+    """Jinja's `lipsum`."""
+    _spend(_whole(n) * (_whole(min) + _whole(max) + 1) * _CALL_STEPS)
+    return generate_lorem_ipsum(n, html, min, max)
 
 
 @pass_environment
@@ -164,22 +213,34 @@ def _sum(environment: Environment, items: Iterable[Any], attribute: Any = None, 
 
 
 def _paid_filter(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter or test, at its cost; it takes what Jinja passes to it first (environment, context) as before."""
+    """The filter, at its cost; it takes what Jinja passes to it first (environment, context) as before."""
     skip = 1 if hasattr(run, "jinja_pass_arg") else 0
     cost = _FILTER_COSTS.get(name)
+    read = _spend_value if name in _SHALLOW else _spend_deep
 
     @functools.wraps(run)
     def paid(*args: Any, **kwargs: Any) -> Any:
         _spend(1)
         for value in args[skip : skip + 1]:
-            _spend_value(value)
+            read(value)
         if cost is not None:
             cost(*args[skip:], **kwargs)
-        if name == "join" and len(args) > skip:
-            args = (*args[:skip], list(_metered(args[skip])), *args[skip + 1 :])
         result = run(*args, **kwargs)
         _spend_value(result)
         return result
+
+    return paid
+
+
+def _paid_test(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The test; all tests of two values compare them."""
+
+    @functools.wraps(run)
+    def paid(*args: Any, **kwargs: Any) -> Any:
+        _spend(1)
+        for value in args[1:]:
+            _spend_deep(value)
+        return run(*args, **kwargs)
 
     return paid
 
@@ -197,6 +258,12 @@ def _read(_: Context, value: Any) -> Any:
     return value
 
 
+@pass_context
+def _read_deep(_: Context, value: Any) -> Any:
+    _spend_deep(value)
+    return value
+
+
 class _Meter(NodeTransformer):
     """Puts the cost of what calls nothing into a template: turns of loops, joined texts, slices, blocks."""
 
@@ -211,6 +278,7 @@ class _Meter(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
         self.generic_visit(node)
+        node.nodes = [part if isinstance(part, nodes.Const) else self._read_deep(part) for part in node.nodes]
         return self._read(node)
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
@@ -219,8 +287,8 @@ class _Meter(NodeTransformer):
 
     def visit_Operand(self, node: nodes.Operand) -> nodes.Operand:
         self.generic_visit(node)
-        if node.op in ("in", "notin"):
-            node.expr = self._read(node.expr)
+        if not isinstance(node.expr, nodes.Const):
+            node.expr = self._read_deep(node.expr)
         return node
 
     def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.AssignBlock:
@@ -231,6 +299,10 @@ class _Meter(NodeTransformer):
     @staticmethod
     def _read(node: nodes.Expr) -> nodes.Filter:
         return nodes.Filter(node, _READ, [], [], None, None, lineno=node.lineno)
+
+    @staticmethod
+    def _read_deep(node: nodes.Expr) -> nodes.Filter:
+        return nodes.Filter(node, _READ_DEEP, [], [], None, None, lineno=node.lineno)
 
 
 class LimitedSandbox(ImmutableSandboxedEnvironment):
@@ -243,9 +315,13 @@ class LimitedSandbox(ImmutableSandboxedEnvironment):
 
     def meter(self) -> None:
         """Put a price on all filters and tests."""
-        self.filters["sum"] = _sum
-        for table in (cast("dict[str, Callable[..., Any]]", known) for known in (self.filters, self.tests)):
-            table.update({name: _paid_filter(name, run) for name, run in table.items()})
+        self.finalize = _written
+        self.globals["lipsum"] = _lorem_ipsum
+        self.filters.update({"sum": _sum, "join": _join})
+        self.filters.update({name: _paid_filter(name, run) for name, run in self.filters.items()})
+        tests = cast("dict[str, Callable[..., Any]]", self.tests)
+        tests.update({name: _paid_test(run) for name, run in tests.items()})
+        self.filters[_READ_DEEP] = _read_deep
         self.filters[_TURN] = _turn
         self.filters[_READ] = _read
 
@@ -256,16 +332,17 @@ class LimitedSandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a function, macro or method for a template."""
-        _spend(1)
+        _spend(_CALL_STEPS)
         # The sandbox gives templates a function in place of `str.format`.
         method = getattr(__obj, "__wrapped__", __obj)
         if isinstance(method, BuiltinMethodType):
             owner = method.__self__
-            _spend_value(owner)
             if isinstance(owner, str) and method.__name__ == "join" and args:
-                args = (list(_metered(args[0])), *args[1:])
+                args = (list(_metered(args[0], owner)), *args[1:])
             elif isinstance(owner, (str, bytes, int)):
+                _spend_deep(args)
                 _METHOD_COSTS.get(method.__name__, _spend_widths)(owner, *args, **kwargs)
+            (_spend_deep if method.__name__ in ("index", "count") else _spend_value)(owner)
         result = super().call(__context, __obj, *args, **kwargs)
         _spend_value(result)
         return result
@@ -273,6 +350,7 @@ class LimitedSandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Compute one of `intercepted_binops` for a template."""
         if operator == "%" and isinstance(left, str):
+            _spend_deep(right)
             _spend_format(left, right)
         elif operator in ("*", "**"):
             _spend_product(operator, left, right)
