@@ -32,6 +32,9 @@ MAX_CHARS = 1 << 24
 _CHARS_A_STEP = 256
 _MAX_INT_BITS = 4096
 _MAX_INDENT = 64
+# Where a format string gives widths: behind a "%", behind the colon of a field.
+_PERCENT = re.compile(r"%(?:\([^)]*\))?([-+ #0-9.*]*)")
+_BRACES = re.compile(r"\{[^{}:]*:([^{}]*)")
 # Names of the filters that the sandbox itself puts into templates; no template can spell them.
 _TURN = "turn of a loop"
 _READ = "read value"
@@ -120,7 +123,9 @@ def _spend_format(form: object, *args: object, **kwargs: object) -> None:
     values = [*args, *kwargs.values()]
     for value in args:
         values += value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else ()
-    widths = [int(digits[:12]) for digits in re.findall(r"\d+", text)]
+    without_inner = re.sub(r"\{[^{}:]*\}", "", text)
+    specifications = [*_PERCENT.findall(text), *_BRACES.findall(text), *_BRACES.findall(without_inner)]
+    widths = [int(digits[:12]) for digits in re.findall(r"\d+", " ".join(specifications))]
     if "*" in text or re.search(r"\{[^{}]*\{", text):
         widths += map(_whole, values)
     longest = max((len(value) for value in values if isinstance(value, (str, list, tuple, dict))), default=0)
