@@ -356,6 +356,18 @@ def test_a_template_that_hides_the_final_message() -> None:
     assert caught.value.param == "continue_final_message"
 
 
+def test_a_template_that_shows_the_final_message_twice() -> None:
+    """transformers lets its mark slip into the prompt there."""
+    template = ChatTemplate("{{ messages[-1].content }}|{{ messages[-1].content }}")
+    with pytest.raises(InvalidParameter, match="whole and once"):
+        template.render([assistant("hello")], continue_final_message=True)
+
+
+def test_the_mark_in_an_earlier_message_is_refused(echo: ChatTemplate) -> None:
+    with pytest.raises(InvalidParameter, match="whole and once"):
+        echo.render([user(chat_template._OPEN_END), assistant("x")], continue_final_message=True)
+
+
 # What a template must not do.
 
 

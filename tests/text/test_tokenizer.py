@@ -341,8 +341,8 @@ def test_malformed_directories(
 def test_missing_directories(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no directory"):
         Tokenizer.from_dir(tmp_path / "absent")
-    (tmp_path / "tokenizer.model").touch()
-    with pytest.raises(ModelError, match=r"tokenizer\.model but no tokenizer\.json"):
+    (tmp_path / "tekken.json").touch()
+    with pytest.raises(ModelError, match=r"tekken\.json but no tokenizer\.json"):
         Tokenizer.from_dir(tmp_path)
     empty = tokenizers.Tokenizer(tokenizers.models.BPE())
     with pytest.raises(ModelError, match="empty vocabulary"):

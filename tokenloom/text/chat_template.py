@@ -1,7 +1,8 @@
 """Chat messages to prompt text, by the checkpoint's own Jinja template.
 
-The template runs in Jinja's sandbox on plain data. It comes with the checkpoint, so it is trusted not to burn
-time; its output is bounded. Names and filters are those that transformers gives to chat templates.
+The template runs on plain data in a sandbox that bounds its time and its output, and sees the names and filters
+that transformers gives to chat templates. Special tokens spelt in a message are text here; the tokenizer reads
+them as the tokens, as transformers and vLLM do, so whoever serves strangers strips them before.
 """
 
 from __future__ import annotations
@@ -9,22 +10,24 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.runtime import Macro
+from jinja2.utils import Namespace
 
 from tokenloom.errors import InvalidParameter, ModelError
+from tokenloom.text.template_sandbox import LimitedSandbox, limited_steps
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_RENDERED_CHARS = 1 << 24
 
 # Put behind the final message to find its end in the rendered text. The space at its end tells whether the
 # template keeps the spaces at the end of a message or strips them.
-_OPEN_END = "\ue000open end\ue000 "
+_OPEN_END = "TOKENLOOM_OPEN_MESSAGE_END "
 # Names under which clients send an assistant's reasoning; templates read the first, gpt-oss templates the
 # second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -37,8 +40,10 @@ class ChatTemplate:
     def __init__(self, source: str) -> None:
         self.source = source
         try:
-            self._template = _ENVIRONMENT.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+            with limited_steps():
+                self._template = _ENVIRONMENT.from_string(source)
+                self._reads_parts = _reads_parts(_ENVIRONMENT.parse(source))
+        except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
             raise ModelError(
                 f"a chat template that does not compile ({error})", "a Jinja template"
             ) from error
@@ -58,9 +63,10 @@ class ChatTemplate:
         """Prompt text of `messages`, at most `MAX_RENDERED_CHARS` characters.
 
         A message has a `role` of `ROLES` and a `content`: a string, or a list of {"type": "text", "text":
-        ...} parts, which are joined by newlines. The role "developer" is rendered as "system" by templates
-        that do not name it. `add_generation_prompt` None means: unless `continue_final_message`; both at once
-        are refused. Raises `InvalidParameter` naming the message, or "messages" with what the template said.
+        ...} parts, which are joined by newlines for templates that do not loop over a message's content. The
+        role "developer" is rendered as "system" by templates that do not name it. `add_generation_prompt`
+        None means: unless `continue_final_message`; both at once are refused. Raises `InvalidParameter`
+        naming the message, or "messages" with what the template said.
         """
         if continue_final_message and add_generation_prompt:
             raise InvalidParameter("continue_final_message", True, "false when add_generation_prompt is true")
@@ -71,12 +77,16 @@ class ChatTemplate:
             raise InvalidParameter(
                 "chat_template_kwargs", reserved[0], "names that the server does not set itself"
             )
-        chat = check_messages(messages)
+        for name, objects in (("tools", tools), ("documents", documents)):
+            _check_objects(name, objects)
+        chat = check_messages(messages, keep_parts=self._reads_parts)
         if not self._knows_developer:
             for message in chat:
                 if message["role"] == "developer":
                     message["role"] = "system"
         final = _open_final_message(chat) if continue_final_message else None
+        if final is not None and "content" not in self.source:
+            raise _cannot_continue()
         text = self._run(
             messages=chat,
             tools=tools,
@@ -90,11 +100,12 @@ class ChatTemplate:
         parts: list[str] = []
         num_chars = 0
         try:
-            for part in self._template.generate(**context):
-                parts.append(part)
-                num_chars += len(part)
-                if num_chars > MAX_RENDERED_CHARS:
-                    break
+            with limited_steps():
+                for part in self._template.generate(**context):
+                    parts.append(part)
+                    num_chars += len(part)
+                    if num_chars > MAX_RENDERED_CHARS:
+                        break
         except (
             Exception
         ) as error:  # a template is the checkpoint's program: it may raise whatever Python can raise
@@ -108,19 +119,27 @@ def _refused(chat: Sequence[Any], reason: str) -> InvalidParameter:
     return InvalidParameter("messages", f"{len(chat)} messages", reason, message=f"messages: {reason}")
 
 
-def check_messages(messages: object) -> list[dict[str, Any]]:
+def _check_objects(name: str, objects: object) -> None:
+    if objects is None:
+        return
+    listed = isinstance(objects, Sequence) and not isinstance(objects, str)
+    if not (listed and all(isinstance(entry, Mapping) for entry in cast("Sequence[object]", objects))):
+        raise InvalidParameter(name, objects, "a list of objects")
+
+
+def check_messages(messages: object, keep_parts: bool = False) -> list[dict[str, Any]]:
     """Copies of the messages in the form that templates expect.
 
-    Raises `InvalidParameter` naming the wrong field. Content parts are joined, fields that are null are left
-    out, arguments of tool calls are parsed from JSON, and reasoning is given under the names that templates
-    read.
+    Raises `InvalidParameter` naming the wrong field. Content parts are joined unless `keep_parts`, fields that
+    are null are left out, arguments of tool calls are parsed from JSON, and reasoning is given under the names
+    that templates read.
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
         raise InvalidParameter("messages", messages, "a list of at least one message")
-    return [_check_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
+    return [_check_message(f"messages[{i}]", message, keep_parts) for i, message in enumerate(messages)]
 
 
-def _check_message(where: str, message: object) -> dict[str, Any]:
+def _check_message(where: str, message: object, keep_parts: bool) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InvalidParameter(where, message, "an object with role and content")
     role = message.get("role")
@@ -133,17 +152,21 @@ def _check_message(where: str, message: object) -> dict[str, Any]:
     # An assistant message that only calls tools has no content, and templates take its absence better than
     # None.
     if "content" in checked or role != "assistant" or not calls:
-        checked["content"] = _joined_content(f"{where}.content", message.get("content"))
+        content = message.get("content")
+        texts = _texts_of(f"{where}.content", content)
+        if not keep_parts or isinstance(content, str):
+            checked["content"] = "\n".join(texts)
+        else:
+            checked["content"] = [{"type": "text", "text": text} for text in texts]
     reasoning = next((checked[name] for name in _REASONING if name in checked), None)
     if reasoning is not None:
-        checked.setdefault("thinking", reasoning)
-        checked["reasoning_content"] = reasoning
+        checked = {"thinking": reasoning, **checked, "reasoning_content": reasoning}
     return checked
 
 
-def _joined_content(where: str, content: object) -> str:
+def _texts_of(where: str, content: object) -> list[str]:
     if isinstance(content, str):
-        return content
+        return [content]
     if not isinstance(content, Sequence):
         raise InvalidParameter(where, content, "a string or a list of text parts")
     texts: list[str] = []
@@ -159,7 +182,7 @@ def _joined_content(where: str, content: object) -> str:
         if not isinstance(text, str):
             raise InvalidParameter(where, text, "made of parts whose text is a string")
         texts.append(text)
-    return "\n".join(texts)
+    return texts
 
 
 def _check_tool_calls(where: str, calls: object) -> list[dict[str, Any]]:
@@ -193,34 +216,105 @@ def _open_final_message(chat: list[dict[str, Any]]) -> str:
             "continue_final_message", True, "false unless the last message is the assistant's"
         )
     content = final.get("content")
-    if not isinstance(content, str):
+    if content is None or content == []:
         raise InvalidParameter("continue_final_message", True, "false unless the last message has content")
-    final["content"] = content + _OPEN_END
-    return content
+    if isinstance(content, list):
+        last = content[-1]
+        text: str = last["text"]
+        last["text"] = text + _OPEN_END
+    else:
+        text = content
+        final["content"] = text + _OPEN_END
+    return text
 
 
 def _cut_at_open_end(text: str, final: str) -> str:
     mark = _OPEN_END.rstrip()
     end = text.rfind(mark)
-    if end < 0 or final.strip() not in text:
-        reason = "the chat template does not show the final message whole, so it cannot be continued"
-        raise InvalidParameter(
-            "continue_final_message", True, "false", message=f"continue_final_message: {reason}"
-        )
     kept = text[:end]
+    # A second mark would be part of the prompt.
+    if end < 0 or mark in kept or final.strip() not in text:
+        raise _cannot_continue()
     # Without the mark's own space the template strips messages, so the message's end is stripped as well.
     return kept if text.startswith(_OPEN_END, end) else kept.rstrip()
 
 
+def _cannot_continue() -> InvalidParameter:
+    reason = "the chat template does not show the final message whole and once, so it cannot be continued"
+    return InvalidParameter(
+        "continue_final_message", True, "false", message=f"continue_final_message: {reason}"
+    )
+
+
+def _reads_parts(tree: nodes.Template) -> bool:
+    """Whether the template loops over a message's content, so that it takes a list of parts as it is."""
+    names = {"content"}
+
+    def is_content(node: nodes.Node | None) -> bool:
+        match node:
+            case nodes.Filter():
+                return is_content(node.node)
+            case nodes.Getattr():
+                return node.attr == "content"
+            case nodes.Getitem(arg=nodes.Const(value="content")):
+                return True
+            case nodes.Name():
+                return node.name in names
+        return False
+
+    for assign in tree.find_all(nodes.Assign):
+        if isinstance(assign.target, nodes.Name) and is_content(assign.node):
+            names.add(assign.target.name)
+    return any(is_content(loop.iter) for loop in tree.find_all(nodes.For))
+
+
 class _GenerationBlock(Extension):
-    """`{% generation %}` marks what the assistant said, for training; here its body is simply rendered."""
+    """`{% generation %}` marks what the assistant said, for training; here its body is simply rendered.
+
+    The body is a macro's, as in transformers: what it sets is gone behind it.
+    """
 
     tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
+        return nodes.CallBlock(self.call_method("_said"), [], [], body, lineno=line)
+
+    @staticmethod
+    def _said(caller: Macro) -> str:
+        return str(caller())
+
+
+class _Namespace(Namespace):
+    """Jinja's `namespace()` without names of Python's internals, as in transformers."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # `self` is a name that a template may give
+        names = dict(*args[1:], **kwargs)
+        for name in names:
+            _check_attribute(name)
+        Namespace.__init__(args[0], names)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        super().__setitem__(name, value)
+
+
+def _check_attribute(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(
+            f"a namespace takes no name with an underscore in front: {name}"
+        )
+
+
+class _Dictionary:
+    """`dict` without the attributes of a class, as in transformers."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -244,13 +338,16 @@ def _to_json(
     )
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment() -> LimitedSandbox:
+    environment = LimitedSandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
+    environment.globals["dict"] = _Dictionary()
+    environment.globals["namespace"] = _Namespace
+    environment.meter()
     return environment
 
 

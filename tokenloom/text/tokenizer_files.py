@@ -1,10 +1,11 @@
 """Reads the tokenizer of a local Hugging Face directory; everything a file may get wrong is found here.
 
-Which file wins follows transformers 5: `tokenizer.json` is the tokenizer; tokens listed only in
+Which file wins follows transformers 5: `tokenizer.json` is the tokenizer, without one `tokenizer.model`, then
+`vocab.json` with `merges.txt`; tokens listed only in
 `tokenizer_config.json` are added to it; `special_tokens_map.json` counts only for directories that are too
 old to have `added_tokens_decoder`; a chat template in its own file wins over one in `tokenizer_config.json`.
-`add_bos_token` and `add_eos_token` are checked but change nothing: the post-processor in `tokenizer.json`
-says which tokens are put around a text.
+`add_bos_token` and `add_eos_token` are checked but change nothing where there is a `tokenizer.json`: its
+post-processor says which tokens are put around a text.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 import tokenizers
 
 from tokenloom.errors import ModelError
+from tokenloom.text.build_tokenizer import put_around
+from tokenloom.text.vocabulary_files import Vocabulary, read_vocabulary
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -41,7 +44,6 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
     """Read and check the tokenizer files of `directory`; raises `ModelError`."""
     if not directory.is_dir():
         raise ModelError(f"no directory {directory}", "a local directory with a Hugging Face tokenizer")
-    backend = _read_backend(directory)
     config = _read_object(directory / "tokenizer_config.json")
     for flag in ("add_bos_token", "add_eos_token", "split_special_tokens"):
         if config.get(flag) not in (None, True, False):
@@ -49,8 +51,18 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
     templates = _chat_templates(directory, config)
     if "added_tokens_decoder" not in config:
         config.update(_read_object(directory / "special_tokens_map.json"))
+    vocabulary: Vocabulary | None = None
+    if (directory / "tokenizer.json").is_file():
+        backend = _read_backend(directory / "tokenizer.json")
+    else:
+        _declare_added_tokens(config, _read_object(directory / "added_tokens.json"))
+        vocabulary = read_vocabulary(directory, config, _read_object)
+        backend = vocabulary.backend
+        config = {**vocabulary.special_tokens, **config}
     _add_declared_tokens(backend, config.get("added_tokens_decoder"))
     special_tokens = _add_special_tokens(backend, config)
+    if vocabulary is not None:
+        _put_around(backend, special_tokens, config, vocabulary.add_bos)
     backend.encode_special_tokens = bool(config.get("split_special_tokens"))
     # Lengths are limited by the server, which says so; a tokenizer that cuts a prompt silently would hide it.
     backend.no_truncation()
@@ -58,20 +70,42 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
     return TokenizerFiles(backend, special_tokens, templates)
 
 
-def _read_backend(directory: Path) -> tokenizers.Tokenizer:
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        others = [
-            name for name in ("tokenizer.model", "vocab.json", "tekken.json") if (directory / name).is_file()
-        ]
-        found = f"{', '.join(others)} but no tokenizer.json" if others else "no tokenizer.json"
-        raise ModelError(f"{found} in {directory}", "a tokenizer.json of the `tokenizers` library")
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception for a malformed file
         raise ModelError(
             f"{path} that cannot be read ({error})", "a tokenizer.json of the `tokenizers` library"
         ) from error
+
+
+def _declare_added_tokens(config: dict[str, Any], added: Mapping[str, Any]) -> None:
+    """Old directories list the tokens beyond the vocabulary in added_tokens.json (token -> id)."""
+    if "added_tokens_decoder" in config or not added:
+        return
+    if not all(isinstance(token_id, int) for token_id in added.values()):
+        raise ModelError("an added_tokens.json of another form", "a JSON object from tokens to token ids")
+    named = [config.get("additional_special_tokens"), *(v for k, v in config.items() if k.endswith("_token"))]
+    entries = [entry for value in named for entry in (value if isinstance(value, list) else [value])]
+    special = {entry.get("content") if isinstance(entry, dict) else str(entry) for entry in entries}
+    config["added_tokens_decoder"] = {
+        str(token_id): {"content": token, "special": token in special, "normalized": token not in special}
+        for token, token_id in added.items()
+    }
+
+
+def _put_around(
+    backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str], config: Mapping[str, Any], add_bos: bool
+) -> None:
+    """Only in a directory without tokenizer.json does the configuration say what begins and ends a text."""
+    flag = config.get("add_bos_token")
+    with_bos = add_bos if flag is None else flag
+    bos = special_tokens.get("bos_token") if with_bos else None
+    eos = special_tokens.get("eos_token") if config.get("add_eos_token") else None
+    for wanted, token, name in ((flag, bos, "bos"), (config.get("add_eos_token"), eos, "eos")):
+        if wanted and token is None:
+            raise ModelError(f"add_{name}_token without a {name}_token of the vocabulary", "both or none")
+    put_around(backend, bos, eos)
 
 
 def _read_text(path: Path) -> str | None:
@@ -126,8 +160,8 @@ def _add_declared_tokens(backend: tokenizers.Tokenizer, declared: object) -> Non
             backend.add_tokens([token])
         if token is not None and backend.token_to_id(token.content) != token_id:
             raise ModelError(
-                f"token {token.content!r} with id {backend.token_to_id(token.content)} in tokenizer.json and "
-                f"id {token_id} in tokenizer_config.json",
+                f"token {token.content!r} with id {backend.token_to_id(token.content)} in the vocabulary and "
+                f"id {token_id} in the list of added tokens",
                 "files that agree",
             )
 
