@@ -48,6 +48,8 @@ class WeightSpec:
     `sources` are the Hugging Face tensors that are concatenated along axis 0. `transposed`: the checkpoint
     stores [in, out]. `optional`: a checkpoint may lack it, and the loader then leaves it out (biases only:
     the op runs without it). `offset` is added in fp32 (norms that are stored less one; vectors only).
+    `integers`: int32 (orders of `Gather` only). `input_order` names the order that the columns of a linear lie in:
+    its source must have been gathered by it.
     """
 
     name: str
@@ -56,6 +58,8 @@ class WeightSpec:
     optional: bool = False
     transposed: bool = False
     offset: float = 0.0
+    integers: bool = False
+    input_order: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,15 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
+class Gather:
+    """out[row, i] = source[row, order[i]]: a copy of an activation in another order of its elements."""
+
+    source: str
+    order: str
+    out: str
+
+
+@dataclass(frozen=True, slots=True)
 class RopeStore:
     """Split qkv = [q heads | k heads | v heads], rotate q and k, store k and v in the KV pool.
 
@@ -181,7 +194,7 @@ class Attention:
     softcap: float | None = None
 
 
-Op = Embed | EmbedPositions | Cast | LayerNorm | RMSNorm | Linear | RopeStore | Attention
+Op = Embed | EmbedPositions | Cast | LayerNorm | RMSNorm | Linear | Gather | RopeStore | Attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +253,9 @@ class _Checker:
         self.float32 = {spec.name for spec in program.buffers if spec.dtype == "float32"}
         self.shapes = {spec.name: spec.shape for spec in program.weights}
         self.optional = {spec.name for spec in program.weights if spec.optional}
+        self.integers = {spec.name for spec in program.weights if spec.integers}
+        self.input_orders = {spec.name: spec.input_order for spec in program.weights}
+        self.gathered: dict[str, str] = {}
         self.written: set[str] = set()
         self.stored: set[int] = set()
         self.biases: set[str] = set()
@@ -264,13 +280,14 @@ class _Checker:
         if self.width(name) != width:
             raise ValueError(f"buffer {name} is {self.width(name)} wide, but {width} is written")
         self.written.add(name)
+        self.gathered.pop(name, None)
 
     def width(self, name: str) -> int:
         if name not in self.widths:
             raise ValueError(f"unknown buffer {name}")
         return self.widths[name]
 
-    def weight(self, name: str, *shape: int) -> tuple[int, ...]:
+    def weight(self, name: str, *shape: int, integers: bool = False) -> tuple[int, ...]:
         """The shape of a weight; -1 in `shape` matches anything."""
         found = self.shapes.get(name)
         if found is None:
@@ -279,6 +296,8 @@ class _Checker:
             want not in (-1, have) for want, have in zip(shape, found, strict=True)
         ):
             raise ValueError(f"weight {name} has shape {found}, but {shape} is needed")
+        if (name in self.integers) != integers:
+            raise ValueError(f"weight {name} must be {'integers' if integers else 'floats'}")
         return found
 
     def exact(self, name: str, what: str) -> None:
@@ -320,6 +339,7 @@ class _Checker:
 
     def linear(self, op: Linear) -> None:
         rows, _ = self.weight(op.weight, -1, self.read(op.source))
+        self.ordered(op.weight, op.source)
         if op.source in self.float32:
             raise ValueError(f"buffer {op.source} must be an activation: it goes into a linear")
         if op.bias is not None:
@@ -338,6 +358,20 @@ class _Checker:
         if op.scale != 1 and op.epilogue != "residual":
             raise ValueError(f"linear over {op.weight} scales what is no residual")
         self.write(op.out, rows // 2 if op.epilogue in PAIRED else rows)
+
+    def ordered(self, weight: str, source: str) -> None:
+        if self.input_orders[weight] != self.gathered.get(source):
+            raise ValueError(f"weight {weight} has its columns in another order than buffer {source}")
+
+    def gather(self, op: Gather) -> None:
+        width = self.read(op.source)
+        self.weight(op.order, width, integers=True)
+        if op.out == op.source or {op.source, op.out} & self.float32:
+            raise ValueError(f"a gather reads {op.source} and writes {op.out}, which must be two activations")
+        if op.source in self.gathered:
+            raise ValueError(f"buffer {op.source} is gathered twice")
+        self.write(op.out, width)
+        self.gathered[op.out] = op.order
 
     def rope_store(self, op: RopeStore) -> None:
         self.heads(op)
@@ -386,6 +420,8 @@ def _check(program: Program) -> None:
             checker.rms_norm(op)
         elif isinstance(op, Linear):
             checker.linear(op)
+        elif isinstance(op, Gather):
+            checker.gather(op)
         elif isinstance(op, RopeStore):
             checker.rope_store(op)
         else:
@@ -395,6 +431,7 @@ def _check(program: Program) -> None:
             f"layers {sorted(checker.stored)} are stored, but the KV pool has {program.kv.num_layers}"
         )
     checker.weight(program.head.weight, program.vocab_size, checker.read(program.head.source))
+    checker.ordered(program.head.weight, program.head.source)
     if not checker.optional <= checker.biases:
         raise ValueError(f"only biases may be optional: {sorted(checker.optional - checker.biases)}")
 

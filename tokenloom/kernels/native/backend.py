@@ -19,6 +19,7 @@ from tokenloom.kernels.program import (
     Cast,
     Embed,
     EmbedPositions,
+    Gather,
     LayerNorm,
     Linear,
     Program,
@@ -182,6 +183,8 @@ class NativeBackend:
                 )
             elif isinstance(op, Linear):
                 self._linear(op, packed)
+            elif isinstance(op, Gather):
+                self._model.gather(self._buffers[op.source], packed[op.order], self._buffers[op.out])
             elif isinstance(op, RopeStore):
                 q_norm, k_norm = (None if n is None else packed[n] for n in (op.q_norm, op.k_norm))
                 self._model.rope_store(

@@ -26,6 +26,7 @@ from tokenloom.kernels.program import (
     Cast,
     Embed,
     EmbedPositions,
+    Gather,
     LayerNorm,
     Linear,
     Op,
@@ -174,6 +175,8 @@ class Interpreter:
             return self._rms_norm(op)
         if isinstance(op, Linear):
             return self._linear_op(op)
+        if isinstance(op, Gather):
+            return self._gather(op)
         if isinstance(op, RopeStore):
             return self._rope_store(op)
         return self._attention(op)
@@ -290,6 +293,14 @@ class Interpreter:
 
         def run(step: Step) -> None:
             self._workers.run([partial(block, step, i) for i in range(0, step.padded_rows, _BLOCK_ROWS)])
+
+        return run
+
+    def _gather(self, op: Gather) -> CompiledOp:
+        order, width = self._weights[op.order], self._widths[op.out]
+
+        def run(step: Step) -> None:
+            step.wide[op.out][:, :width] = step.wide[op.source][:, order]
 
         return run
 
