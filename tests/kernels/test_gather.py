@@ -159,6 +159,23 @@ def test_identity_is_a_copy() -> None:
         assert (logits(GATHERED, weights | orders, numerics) == logits(PLAIN, weights, numerics)).all()
 
 
+BAD_ORDERS = [
+    np.arange(40, dtype=np.int64),
+    np.arange(40, dtype=np.float32),
+    np.arange(1, 41, dtype=np.int32),
+    np.arange(-1, 39, dtype=np.int32),
+]
+
+
+@each_numerics(REFERENCE[0], NATIVE[0])
+@pytest.mark.parametrize("order", BAD_ORDERS)
+def test_weights_that_are_no_order(order: np.ndarray, numerics: Numerics) -> None:
+    weights = ordered_weights(GATHERED, random_weights(PLAIN))
+    weights["lm_head.weight:order"] = order
+    with pytest.raises(ValueError, match="order|gather"):
+        logits(GATHERED, weights, numerics)
+
+
 def change(kind: type[Any], **fields: Any) -> Callable[[Program], Program]:
     """Change the first op of a kind."""
 

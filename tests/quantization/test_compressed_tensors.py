@@ -300,7 +300,7 @@ def test_weights_that_are_refused(layout: str, weights: dict[str, Any], named: s
         ({"config_groups": {"g": {"targets": [3]}}}, "config_groups.g.targets = "),
         ({"config_groups": {"g": {"targets": ["re:("]}}}, "a regular expression"),
         ({"ignore": "lm_head"}, "ignore = 'lm_head'"),
-        ({"ignore": ["re:(a+)+$"]}, "ignore = .*at most 4 repeats"),
+        ({"ignore": ["re:(a+)+$"]}, "ignore = .*at most 5 repeats"),
         ({"moe_sparsity_config": {"method": "prune"}}, "moe_sparsity_config"),
     ],
 )

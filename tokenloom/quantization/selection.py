@@ -13,7 +13,7 @@ HEAD: Final = "lm_head"
 PATTERN: Final = "re:"
 _CLASS: Final = "Linear"
 _MAX_LENGTH: Final = 256
-_MAX_QUANTIFIERS: Final = 4
+_MAX_QUANTIFIERS: Final = 5
 _MAX_GROUPS: Final = 4
 _MAX_BRANCHES: Final = 24
 
@@ -71,8 +71,8 @@ def pattern_problem(target: str) -> str | None:
         return f"at most {_MAX_LENGTH} characters"
     # What an escape or a set of characters stands for is one character.
     plain = re.sub(r"\[\^?\]?[^\]]*\]", "x", re.sub(r"\\.", "x", pattern))
-    # "?" behind "(" begins a kind of group.
-    quantifiers = len(re.findall(r"(?<!\()[*+?{]", plain))
+    # "?" behind "(" begins a kind of group; a name has fitted before ".*" at the end is tried.
+    quantifiers = len(re.findall(r"(?<!\()[*+?{]", plain.removesuffix(".*")))
     if quantifiers > _MAX_QUANTIFIERS or re.search(r"\)[*+{?]", plain):
         return f"at most {_MAX_QUANTIFIERS} repeats, of single characters"
     if plain.count("(") > _MAX_GROUPS or plain.count("|") > _MAX_BRANCHES:

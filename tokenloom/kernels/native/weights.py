@@ -70,7 +70,7 @@ class WeightPacker:
         integers outside their range.
         """
         if spec.integers:
-            return np.ascontiguousarray(sources[0], dtype=np.int32)
+            return _integers(spec, sources)
         if spec.name in self._multiplied:
             return self._matrix(spec, sources)
         if spec.name not in self._tables:
@@ -120,6 +120,15 @@ def _stacked(sources: Sequence[NDArray[Any]]) -> NDArray[Any]:
     if len({array.dtype for array in arrays}) > 1:
         arrays = [_float32(array) for array in arrays]
     return np.concatenate(arrays)
+
+
+def _integers(spec: WeightSpec, sources: Sequence[NDArray[Any]]) -> NDArray[np.int32]:
+    """A copy of the int32 numbers of all sources: it outlives the file."""
+    if any(source.dtype != np.int32 for source in sources):
+        raise ValueError(
+            f"weight {spec.name} is {[str(source.dtype) for source in sources]} instead of int32"
+        )
+    return np.concatenate(sources)
 
 
 def _contiguous(array: NDArray[Any]) -> NDArray[Any]:

@@ -298,6 +298,8 @@ class Interpreter:
 
     def _gather(self, op: Gather) -> CompiledOp:
         order, width = self._weights[op.order], self._widths[op.out]
+        if order.dtype != np.int32 or order.min() < 0 or order.max() >= width:
+            raise ValueError(f"weight {op.order} is no order of {width} elements")
 
         def run(step: Step) -> None:
             step.wide[op.out][:, :width] = step.wide[op.source][:, order]
