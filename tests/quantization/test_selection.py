@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tokenloom.quantization.selection import TargetSelection, pattern_problem
+from tokenloom.quantization.selection import Targets, TargetSelection, pattern_problem
 
 NAMES = [
     "lm_head",
@@ -38,8 +38,8 @@ def test_targets_fit_as_in_the_package(target: str) -> None:
     pytest.importorskip("torch", reason="compressed-tensors needs torch")
     match = pytest.importorskip("compressed_tensors.utils.match", reason="the package is not installed")
     assert pattern_problem(target) is None
-    selection = TargetSelection(targets=(target,))
-    ignoring = TargetSelection(targets=("Linear",), ignored=(target,))
+    selection = TargetSelection(targets=Targets.of([target]))
+    ignoring = TargetSelection(targets=Targets.of(["Linear"]), ignored=Targets.of([target]))
     for name in NAMES:
         assert selection.selects(name) == match.match_name(name, target)
         assert ignoring.selects(name) != match.match_name(name, target)
@@ -63,7 +63,7 @@ def test_patterns_that_are_refused(pattern: str) -> None:
 )
 def test_patterns_that_pass_end_soon(pattern: str) -> None:
     assert pattern_problem("re:" + pattern) is None
-    selection = TargetSelection(targets=("re:" + pattern,))
+    selection = TargetSelection(targets=Targets.of(["re:" + pattern]))
     start = time.perf_counter()
     assert not selection.selects("a" * 60)
     assert time.perf_counter() - start < 1.5

@@ -221,9 +221,10 @@ def weight_bytes(config: ModelConfig, program: Program, dtype: str = "auto", wei
     """
     narrow = dtype in ("bfloat16", "float16") or config.dtype != "float32"
     multiplied = {op.weight for op in program.ops if isinstance(op, Linear)} | {program.head.weight}
-    wide = multiplied if config.quantization is not None else set()
+    wide = set(multiplied) if config.quantization is not None else set()
     if weights != "auto":
         wide = multiplied | {op.weight for op in program.ops if isinstance(op, Embed)}
+    wide |= {weight.name for weight in program.weights if weight.integers}
     return sum(
         math.prod(weight.shape)
         * ((2 if narrow and weight.name not in wide else 4) + (4 if weight.name in multiplied else 0))

@@ -47,7 +47,7 @@ from tokenloom.quantization.packed_parts import (
     sorted_inputs,
     unpack_columns,
 )
-from tokenloom.quantization.selection import PATTERN, Selection, TargetSelection, pattern_problem
+from tokenloom.quantization.selection import PATTERN, Selection, Targets, TargetSelection, pattern_problem
 from tokenloom.quantization.weights import Float32, Int4Matrix, Int8Matrix, num_groups
 from tokenloom.quantization.written import Written
 
@@ -222,15 +222,15 @@ def parse(written: Written) -> list[tuple[Selection, LinearFormat]]:
         written.refuse("sparsity_config", "dense weights")
     written.empty("transform_config", "weights without transforms of their inputs")
     written.empty("moe_sparsity_config", "no sparse experts")
-    ignored = _targets(written, "ignore")
+    ignored = Targets.of(_targets(written, "ignore"))
     groups = written.inner("config_groups")
     if not groups.data:
         written.refuse("config_groups", "at least one group")
     targets = {name: _targets(groups.inner(name), "targets") for name in groups.data}
     result: list[tuple[Selection, LinearFormat]] = []
     for name, own in targets.items():
-        others = tuple(itertools.chain.from_iterable(t for other, t in targets.items() if other != name))
-        selection = TargetSelection(targets=own, ignored=ignored, others=others)
+        others = itertools.chain.from_iterable(found for other, found in targets.items() if other != name)
+        selection = TargetSelection(targets=Targets.of(own), ignored=ignored, others=Targets.of(others))
         result.append((selection, _format(groups.inner(name), written.data.get("format"))))
     return result
 

@@ -35,24 +35,46 @@ class NameSelection:
         return not self.only or any(f".{module}".endswith(f".{suffix}") for suffix in self.only)
 
 
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What a list of targets names: modules in full, patterns (which fit from the start of a name), and, with
+    `linears`, every linear."""
+
+    names: frozenset[str] = frozenset()
+    patterns: tuple[str, ...] = ()
+    linears: bool = False
+
+    @classmethod
+    def of(cls, targets: Iterable[str]) -> Targets:
+        listed = tuple(targets)
+        return cls(
+            frozenset(target for target in listed if not target.startswith(PATTERN)),
+            tuple(target.removeprefix(PATTERN) for target in listed if target.startswith(PATTERN)),
+            _CLASS in listed,
+        )
+
+    def fit(self, module: str) -> bool:
+        """Whether a pattern fits."""
+        return any(_fits(pattern, module) for pattern in self.patterns)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetSelection:
-    """Modules that one of `targets` names: in full, by a pattern behind "re:" that fits from the start of the
-    name, or as "Linear", which every linear is; without those that one of `ignored` names likewise. `others` are
-    the targets of other groups: a full name goes before a pattern, and that before "Linear"."""
+    """Modules that `targets` name, without those that `ignored` names. `others` are the targets of other groups: a
+    full name goes before a pattern, and that before "Linear"."""
 
-    targets: tuple[str, ...]
-    ignored: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()
+    targets: Targets
+    ignored: Targets = Targets()
+    others: Targets = Targets()
 
     def selects(self, module: str) -> bool:
-        if _names(self.ignored, module) or _CLASS in self.ignored:
+        if self.ignored.linears or module in self.ignored.names or self.ignored.fit(module):
             return False
-        if module in self.targets:
+        if module in self.targets.names:
             return True
-        if _names(self.targets, module):
-            return module not in self.others
-        return _CLASS in self.targets and not _names(self.others, module)
+        if module in self.others.names:
+            return False
+        return self.targets.fit(module) or (self.targets.linears and not self.others.fit(module))
 
 
 Selection = NameSelection | TargetSelection
@@ -82,13 +104,6 @@ def pattern_problem(target: str) -> str | None:
     except (re.error, OverflowError, RecursionError) as error:
         return f"a regular expression ({error})"
     return None
-
-
-def _names(targets: Iterable[str], module: str) -> bool:
-    return any(
-        _fits(target.removeprefix(PATTERN), module) if target.startswith(PATTERN) else target == module
-        for target in targets
-    )
 
 
 @functools.lru_cache(maxsize=1 << 16)
