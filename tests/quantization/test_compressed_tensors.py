@@ -106,6 +106,17 @@ def test_rows_that_do_not_fill_words_of_zeros(bits: int, symmetric: bool) -> Non
     assert (values_of(unpack_linear(format_of("pack-quantized", **weights), "x", parts)) == wanted).all()
 
 
+@pytest.mark.parametrize("group", [96, 1 << 20])
+def test_a_last_group_that_is_shorter(group: int) -> None:
+    parts, _ = compress(matrix(8, 200), "pack-quantized", torch.bfloat16, num_bits=4, strategy="channel")
+    scales = np.linspace(0.01, 0.1, 8 * -(-200 // group)).astype(np.float16).reshape(8, -1)
+    linear = format_of("pack-quantized", num_bits=4, strategy="group", group_size=group)
+    found = unpack_linear(linear, "x", parts | {"weight_scale": scales})
+    q = (parts["weight_packed"].view(np.uint32)[:, :, None] >> (4 * np.arange(8)) & 15).reshape(8, 200)
+    wanted = (q.astype(np.float32) - 8) * scales.astype(np.float32)[:, np.arange(200) // group]
+    assert (values_of(found) == wanted).all()
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_activation_order(bits: int) -> None:
     """Releases that still wrote weight_g_idx took the scale of column k from its group; so does the oracle."""
@@ -299,6 +310,8 @@ def test_weights_that_are_refused(layout: str, weights: dict[str, Any], named: s
         ),
         ({"config_groups": {"g": {"targets": [3]}}}, "config_groups.g.targets = "),
         ({"config_groups": {"g": {"targets": ["re:("]}}}, "a regular expression"),
+        ({"config_groups": {str(i): {} for i in range(65)}}, "1 to 64 groups"),
+        ({"ignore": [f"re:x{i}" for i in range(1001)]}, "at most 1000 patterns"),
         ({"ignore": "lm_head"}, "ignore = 'lm_head'"),
         ({"ignore": ["re:(a+)+$"]}, "ignore = .*at most 5 repeats"),
         ({"moe_sparsity_config": {"method": "prune"}}, "moe_sparsity_config"),

@@ -55,6 +55,8 @@ FORMATS: Final = ("pack-quantized", "int-quantized", "float-quantized", "naive-q
 
 _UNREAD: Final = ("input_scale", "input_zero_point", "output_scale")
 _G_IDX: Final = "weight_g_idx"
+_MAX_GROUPS: Final = 64
+_MAX_PATTERNS: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +226,8 @@ def parse(written: Written) -> list[tuple[Selection, LinearFormat]]:
     written.empty("moe_sparsity_config", "no sparse experts")
     ignored = Targets.of(_targets(written, "ignore"))
     groups = written.inner("config_groups")
-    if not groups.data:
-        written.refuse("config_groups", "at least one group")
+    if not 0 < len(groups.data) <= _MAX_GROUPS:
+        written.refuse("config_groups", f"1 to {_MAX_GROUPS} groups")
     targets = {name: _targets(groups.inner(name), "targets") for name in groups.data}
     result: list[tuple[Selection, LinearFormat]] = []
     for name, own in targets.items():
@@ -239,6 +241,8 @@ def _targets(written: Written, name: str) -> tuple[str, ...]:
     targets = written.names(name)
     if name == "targets" and not targets:
         written.refuse(name, "a list of names of modules")
+    if sum(target.startswith(PATTERN) for target in targets) > _MAX_PATTERNS:
+        written.refuse(name, f"at most {_MAX_PATTERNS} patterns")
     for target in targets:
         problem = pattern_problem(target)
         if problem is not None:

@@ -82,7 +82,8 @@ def int4_matrix(q: UInt8, scales: Float16, zeros: UInt8, group: int) -> Int4Matr
     held = held_group(group)
     if held != group:
         count = num_groups(q.shape[1], held)
-        times = group // held if group else count
+        # A group may be longer than the row.
+        times = min(group // held, count) if group else count
         scales, zeros = (
             np.ascontiguousarray(np.repeat(values, times, axis=1)[:, :count]) for values in (scales, zeros)
         )
