@@ -40,8 +40,15 @@ def _at_least(low: int) -> dict[str, Any]:
 class ModelOptions:
     """Which model, and how its numbers are held."""
 
-    model: str = knob("", "Directory of a Hugging Face checkpoint; empty for the embedded model.")
-    served_model_name: str = knob("", "Name of the model in the API; empty for the directory's name.")
+    model: str = knob(
+        "",
+        "Directory of a Hugging Face checkpoint, or the name (org/name) of one in the local cache of the hub; "
+        "empty for the embedded model.",
+    )
+    revision: str = knob("", "Branch, tag or commit of a model in the cache of the hub; empty for main.")
+    served_model_name: str = knob(
+        "", "Name of the model in the API; empty for org/name or the directory's name."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
         "auto",
         "Arithmetic. auto: bfloat16 for bf16 checkpoints and quantised weights on the native kernels, else float32.",
@@ -229,6 +236,16 @@ def make_config(
             raise InvalidParameter(name, value, metadata["limit"])
         sections[entry.section][name] = value
     return Config(**{section: options(**sections[section]) for section, options in SECTIONS.items()})
+
+
+def hub_cache(env: Mapping[str, str] | None = None) -> Path:
+    """Where the tools of the Hugging Face hub keep what they download on this machine, by the variables that they
+    read."""
+    environment = os.environ if env is None else env
+    if environment.get("HF_HUB_CACHE"):
+        return Path(environment["HF_HUB_CACHE"]).expanduser()
+    home = environment.get("HF_HOME") or Path(environment.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(home).expanduser() / "hub"
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -282,6 +282,13 @@ void bind_model(nb::module_& m) {
              },
              nb::arg("source"), nb::arg("weight"), nb::arg("out"), nb::arg("bias").none(), nb::arg("epilogue"),
              nb::arg("delta"), nb::arg("scale"))
+        .def("gather",
+             [](Model& self, int source, Array<int32_t> order, int out) {
+                 if (order.ndim() != 1) refuse("an order must have one dimension");
+                 self.add_gather(source, std::make_shared<const std::vector<int32_t>>(order.data(), order.data() + order.size()),
+                                 out);
+             },
+             nb::arg("source"), nb::arg("order").noconvert(), nb::arg("out"))
         .def("rope_store",
              [](Model& self, int source, int out, int layer, int num_heads, int rotary_dim,
                 std::optional<Array<float>> q_norm, std::optional<Array<float>> k_norm, float epsilon, int table) {

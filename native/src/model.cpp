@@ -302,6 +302,25 @@ QuantizedRows Model::quantized_for(const PackedMatrix& m, int64_t row) {
                          reinterpret_cast<int32_t*>(quantized_sums_.data()) + row * groups, groups};
 }
 
+void Model::run(const GatherOp& op, int64_t rows, int thread) {
+    Activation &source = buffer(op.source), &out = buffer(op.out);
+    const std::vector<int32_t>& order = *op.order;
+    auto copy = [&](const auto* from, auto* to) {
+        for (size_t i = 0; i < order.size(); ++i) to[i] = from[order[i]];
+    };
+    phase(thread, rows, shares(), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            const uint8_t* from = source.memory.data() + row * source.row_bytes();
+            uint8_t* to = out.memory.data() + row * out.row_bytes();
+            if (out.dtype == Dtype::bf16) {
+                copy(reinterpret_cast<const uint16_t*>(from), reinterpret_cast<uint16_t*>(to));
+            } else {
+                copy(reinterpret_cast<const float*>(from), reinterpret_cast<float*>(to));
+            }
+        }
+    });
+}
+
 void Model::multiply(const PackedWeight& weight, LinearCall call, int thread) {
     const PackedMatrix& m = weight.matrix;
     if (is_quantized(m)) {

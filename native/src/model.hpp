@@ -38,6 +38,7 @@ struct Activation {
 };
 
 using Vector = std::shared_ptr<const std::vector<float>>;
+using Order = std::shared_ptr<const std::vector<int32_t>>;
 using Weight = std::shared_ptr<const PackedWeight>;
 
 struct EmbedOp {
@@ -73,6 +74,10 @@ struct LinearOp {
     Epilogue epilogue;
     float scale;
 };
+struct GatherOp {
+    int source, out;
+    Order order;
+};
 struct RopeOp {
     int source, out;
     int layer, num_heads, rotary_dim;
@@ -99,7 +104,7 @@ struct ExpertsOp {
     int64_t hidden_stride() const { return (hidden + 63) / 64 * 64; }
 };
 using Op = std::variant<EmbedOp, NormOp, LinearOp, RopeOp, AttentionOp, PositionsOp, CastOp, LayerNormOp, RouteOp,
-                        ExpertsOp>;
+                        ExpertsOp, GatherOp>;
 
 // Entries of a step that want a token or a score, and where their results go.
 struct Entries {
@@ -128,6 +133,7 @@ class Model {
     void add_layer_norm(int source, Vector weight, Vector bias, int out, float epsilon);
     void add_norm(int source, int add, Vector weight, int out, float epsilon);
     void add_linear(int source, Weight weight, int out, Vector bias, Epilogue epilogue, int delta, float scale);
+    void add_gather(int source, Order order, int out);
     void add_rope(int source, int out, int layer, int num_heads, int rotary_dim, Vector q_norm, Vector k_norm,
                   float epsilon, int table);
     void add_attention(int source, int out, int layer, int num_heads, float scale, int window, float softcap);
@@ -176,6 +182,7 @@ class Model {
     void run(const PositionsOp& op, int64_t rows, int thread);
     void run(const CastOp& op, int64_t rows, int thread);
     void run(const LayerNormOp& op, int64_t rows, int thread);
+    void run(const GatherOp& op, int64_t rows, int thread);
     void run(const RopeOp& op, int64_t rows, int thread);
     void run(const AttentionOp& op, int64_t rows, int thread);
     void run(const RouteOp& op, int64_t rows, int thread);

@@ -104,6 +104,16 @@ void Model::add_linear(int source, Weight weight, int out, Vector bias, Epilogue
     ops_.push_back(LinearOp{source, out, delta, std::move(weight), std::move(bias), epilogue, scale});
 }
 
+void Model::add_gather(int source, Order order, int out) {
+    const Activation& from = buffers_.at(static_cast<size_t>(source));
+    const Activation& to = buffers_.at(static_cast<size_t>(out));
+    const int64_t width = from.width;
+    bool fits = to.width == width && static_cast<int64_t>(order->size()) == width && source != out && from.dtype == to.dtype;
+    for (int32_t index : *order) fits = fits && index >= 0 && index < width;
+    if (!fits) refuse("gather: widths or formats differ, or the order names what does not exist");
+    ops_.push_back(GatherOp{source, out, std::move(order)});
+}
+
 void Model::add_rope(int source, int out, int layer, int num_heads, int rotary_dim, Vector q_norm, Vector k_norm,
                      float epsilon, int table) {
     if (!kv_) refuse("rope_store before the KV pool");
@@ -231,6 +241,9 @@ void Model::find_tail() {
             read(cast->source);
             read(cast->add);
             fill(cast->out);
+        } else if (const GatherOp* gather = std::get_if<GatherOp>(&ops_[i])) {
+            read(gather->source);
+            fill(gather->out);
         } else if (const LinearOp* linear = std::get_if<LinearOp>(&ops_[i])) {
             read(linear->source);
             read(linear->delta);
@@ -254,7 +267,7 @@ void Model::find_tail() {
 
 std::string Model::op_name(int64_t index) const {
     static const char* const names[] = {"embed", "rms_norm", "linear", "rope_store", "attention",
-                                        "embed_positions", "cast", "layer_norm", "route", "experts"};
+                                        "embed_positions", "cast", "layer_norm", "route", "experts", "gather"};
     int64_t ops = num_ops();
     if (index == ops) return "head";
     if (index == ops + 1) return "plan";

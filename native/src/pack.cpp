@@ -162,12 +162,7 @@ const char* pack_i8(const Row& row, int64_t k, uint8_t* column, float& scale, fl
         scale = static_cast<const float*>(row.source->scales)[row.index];
         if ((bits_of(scale) & 0x7fffffffu) >= kInfinity) return kBadScale;
         const int8_t* p = element<int8_t>(row, 0);
-        uint8_t least = 255;
-        for (int64_t i = 0; i < k; ++i) {
-            bytes[i] = static_cast<uint8_t>(p[i * row.source->k_stride] + 128);
-            least = std::min(least, bytes[i]);
-        }
-        if (!least) return kOutside;
+        for (int64_t i = 0; i < k; ++i) bytes[i] = static_cast<uint8_t>(p[i * row.source->k_stride] + 128);
     } else {
         read_floats(row, 0, k, scratch);
         const uint32_t largest = largest_bits(scratch, k);

@@ -20,11 +20,12 @@ def random_parts(
 
 
 def words(count: int, values: dict[tuple[int, int, int], int], shape: tuple[int, int]) -> np.ndarray:
-    """int32 of `shape` whose word (r, c) has the value of (r, c, i) in its i-th nibble of `count`."""
+    """int32 of `shape` whose word (r, c) has the value of (r, c, i) as its i-th number of `count`."""
     out = np.zeros(shape, np.int64)
+    bits = 32 // count
     for (row, column, i), value in values.items():
-        assert 0 <= value < 16 and i < count
-        out[row, column] += value << (4 * i)
+        assert 0 <= value < 1 << bits and i < count
+        out[row, column] += value << (bits * i)
     return out.astype(np.uint32).view(np.int32)
 
 
@@ -41,19 +42,26 @@ def pack_awq(q: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> dict[str, 
 
 
 def pack_gptq(
-    q: np.ndarray, scales: np.ndarray, zeros: np.ndarray, *, version: int = 1, order: bool = True
+    q: np.ndarray,
+    scales: np.ndarray,
+    zeros: np.ndarray,
+    *,
+    version: int = 1,
+    order: bool = True,
+    bits: int = 4,
 ) -> dict[str, np.ndarray]:
     """qweight, qzeros, scales and, with `order`, g_idx: words along the inputs for q, along the outputs for
     zeros, which version 1 stores less one."""
     rows, depth = q.shape
     groups = scales.shape[1]
-    values = {(k // 8, n, k % 8): int(q[n, k]) for n in range(rows) for k in range(depth)}
+    c = 32 // bits
+    values = {(k // c, n, k % c): int(q[n, k]) for n in range(rows) for k in range(depth)}
     stored = {
-        (g, n // 8, n % 8): int(zeros[n, g]) - (version == 1) for n in range(rows) for g in range(groups)
+        (g, n // c, n % c): int(zeros[n, g]) - (version == 1) for n in range(rows) for g in range(groups)
     }
     parts: dict[str, Any] = {
-        "qweight": words(8, values, (depth // 8, rows)),
-        "qzeros": words(8, stored, (groups, rows // 8)),
+        "qweight": words(c, values, (depth // c, rows)),
+        "qzeros": words(c, stored, (groups, rows // c)),
         "scales": scales.T.copy(),
     }
     if order:

@@ -63,7 +63,7 @@ def test_sizes() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [
-        ("q", np.full((2, 3), -128, np.int8), "q has the value -128"),
+        ("q", np.zeros((2, 3), np.uint8), "q is uint8"),
         ("q", np.zeros((2, 3), np.int16), "q is int16"),
         ("q", np.zeros(3, np.int8), "q is int8"),
         ("scales", np.ones(3, np.float32), "scales is float32"),

@@ -53,7 +53,7 @@ def run(config: Config, report: bool, text: Path | None, tokens: int, as_json: b
         raise InvalidParameter("tokens", tokens, "at least 1")
     written = read_text(text)
     ops = choose_ops(config)
-    directory = model_directory(config.model.model)
+    directory = model_directory(config.model.model, config.model.revision)
     before, after = weight_sizes(directory, weights)
     formats = choose_formats(config, describe_model(directory, weights=weights), ops)
     # By name: "auto" may mean another arithmetic for the model as it is, and the report would count that too.

@@ -155,7 +155,7 @@ def run(config: Config) -> None:
     changed = changed_from_default(config)
     if changed:
         _say("options: " + " ".join(f"{name}={value}" for name, value in changed.items()))
-    model_directory(config.model.model)
+    model_directory(config.model.model, config.model.revision)
     listener = listen(config.server.host, config.server.port)
     try:
         asyncio.run(_serve(config, listener))

@@ -24,6 +24,7 @@ from tokenloom.kernels.program import (
     Route,
     WeightSpec,
 )
+from tokenloom.kernels.program_check import check_program
 
 
 class ProgramBuilder:
@@ -180,5 +181,5 @@ class ProgramBuilder:
             kv=self._kv,
             vocab_size=self._vocab_size,
         )
-        program.check()
+        check_program(program)
         return program

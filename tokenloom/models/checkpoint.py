@@ -32,7 +32,9 @@ from tokenloom.models.safetensors_header import (
     parse_header,
 )
 from tokenloom.quantization.config import parse_quantization
-from tokenloom.quantization.weights import Int4Matrix
+from tokenloom.quantization.fp8 import FLOAT8, widen
+from tokenloom.quantization.linear_format import LinearFormat, unpack_linear
+from tokenloom.quantization.weights import Int4Matrix, Int8Matrix
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -55,9 +57,16 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
+    "F8_E4M3": np.dtype(FLOAT8["float8_e4m3fn"]),
+    "F8_E5M2": np.dtype(FLOAT8["float8_e5m2"]),
+    "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
+    "I8": np.dtype(np.int8),
 }
 _WEIGHT = ".weight"
+
+INPUT_ORDER = ".input_order"
+"""Behind the name of a linear: a source that says which input each column of its matrix belongs to."""
 
 
 class SafetensorsFile:
@@ -106,8 +115,9 @@ class Checkpoint:
     """The tensors of a directory, by name, over one file or many. Use `Checkpoint.open`; a context manager.
 
     `config` is the parsed config.json (an empty dict without one), `quantization` what it says about linears
-    that are stored in 4 bits. A *source* is a tensor as the program names it: one tensor of the files, or, where
-    a linear X is quantised, "X.weight" for its parts X.qweight, X.qzeros and so on.
+    that are stored in fewer bits. A *source* is a tensor as the program names it: one tensor of the files, or, where
+    a linear X is quantised, "X.weight" for its parts X.qweight, X.qzeros and so on, and "X.input_order" where they
+    reorder its inputs.
     """
 
     def __init__(
@@ -148,7 +158,7 @@ class Checkpoint:
         return self._entry(name).shape
 
     def dtype(self, name: str) -> str:
-        """float32, bfloat16, float16 or int32. Raises `ModelError` if there is no such tensor."""
+        """Type of a tensor, as numpy names it. Raises `ModelError` if there is no such tensor."""
         return _DTYPES[self._entry(name).dtype].name
 
     def tensor_bytes(self, name: str) -> int:
@@ -163,11 +173,13 @@ class Checkpoint:
 
     @property
     def main_dtype(self) -> Literal["float32", "bfloat16", "float16"]:
-        """The float type that most bytes are stored in (norms are often wider than the rest)."""
+        """The float type that most bytes are stored in (norms are often wider than the rest); 8-bit floats count
+        as bfloat16, which holds their values."""
         totals = dict.fromkeys(_FLOATS, 0)
         for entry in map(self._entry, self._owners):
-            if entry.dtype in totals:
-                totals[entry.dtype] += entry.end - entry.begin
+            dtype = "BF16" if entry.dtype.startswith("F8_") else entry.dtype
+            if dtype in totals:
+                totals[dtype] += entry.end - entry.begin
         return _FLOATS[max(totals, key=lambda name: totals[name])]
 
     def tensor(self, name: str) -> NDArray[Any]:
@@ -179,48 +191,90 @@ class Checkpoint:
         """Give the pages of a tensor back to the system once it has been converted."""
         self._owners[name].release(name)
 
-    def source_tensors(self, source: str) -> tuple[str, ...]:
-        """The tensors of the files that `source` is made of; none if it is not there.
+    def linear_format(self, source: str) -> LinearFormat | None:
+        """How `source` is stored if it is a quantised linear.
 
-        A linear counts as quantised as soon as its qweight is there; the other parts may be missing.
+        It counts as one as soon as its main part is there; the others may be missing.
         """
         module = source.removesuffix(_WEIGHT)
-        if self.quantization is not None and module != source and f"{module}.qweight" in self:
-            names = [f"{module}.{part}" for part in self.quantization.parts]
-            optional = [f"{module}.{part}" for part in self.quantization.optional_parts]
-            return (*names, *(name for name in optional if name in self))
-        return (source,) if source in self else ()
+        if self.quantization is None or module == source:
+            return None
+        stored = self.quantization.format_of(module) or self.quantization.formats[0][1]
+        main = f"{module}.{stored.main}"
+        # Some formats keep the name of the plain tensor: its type tells.
+        if main not in self or (main == source and self._entry(main).dtype in _FLOATS):
+            return None
+        return stored
 
-    def is_quantized(self, source: str) -> bool:
-        """Whether `source` is a linear stored in 4 bits."""
-        return self.source_tensors(source) not in ((), (source,))
+    def source_tensors(self, source: str) -> tuple[str, ...]:
+        """The tensors of the files that `source` is made of; none if it is not there."""
+        if source.endswith(INPUT_ORDER):
+            module = source.removesuffix(INPUT_ORDER)
+            stored = self.linear_format(module + _WEIGHT)
+            return () if stored is None or stored.order_part is None else (f"{module}.{stored.order_part}",)
+        stored = self.linear_format(source)
+        if stored is None:
+            return (source,) if source in self else ()
+        module = source.removesuffix(_WEIGHT)
+        optional = (f"{module}.{part}" for part in stored.optional_parts)
+        return (*(f"{module}.{part}" for part in stored.parts), *(name for name in optional if name in self))
+
+    def source_form(self, source: str) -> tuple[str, int]:
+        """What `source` gives: (float32, bfloat16 or float16, 0), ("int8", 0), ("int4", inputs to a group), or
+        ("int32", 0) for an order of inputs."""
+        stored = self.linear_format(source)
+        if stored is not None:
+            return stored.form
+        if source.endswith(INPUT_ORDER):
+            return "int32", 0
+        dtype = self.dtype(source)
+        return ("bfloat16" if dtype in FLOAT8 else dtype), 0
 
     def source_shape(self, source: str) -> tuple[int, ...]:
         """Shape of a source, [N, K] for a quantised linear, without reading it.
 
         Raises `ModelError` if it is not there, or if the shapes of its parts do not fit each other.
         """
-        if self.quantization is None or not self.is_quantized(source):
-            return self.shape(source)
-        return self.quantization.shape(
-            source.removesuffix(_WEIGHT),
-            {_part(name): self.shape(name) for name in self.source_tensors(source)},
-        )
+        stored = self.linear_format(source)
+        if stored is None:
+            return self.shape(*self.source_tensors(source) or (source,))
+        parts = {_part(name): self.shape(name) for name in self.source_tensors(source)}
+        return stored.shape(source.removesuffix(_WEIGHT), parts)
 
     def source_bytes(self, source: str) -> int:
         """Bytes of a source as stored; 0 if it is not there."""
         return sum(map(self.tensor_bytes, self.source_tensors(source)))
 
-    def source(self, source: str) -> NDArray[Any] | Int4Matrix:
-        """A read-only view of a plain source, or the unpacked matrix of a quantised linear.
+    def source(self, source: str) -> NDArray[Any] | Int8Matrix | Int4Matrix:
+        """A read-only view of a plain source (8-bit floats as bfloat16), the unpacked matrix of a quantised linear,
+        or the order of its inputs.
 
         Raises `ModelError`, naming the tensor, for parts that are missing, of a wrong type or shape, or
-        whose scales are not finite.
+        whose numbers cannot be.
         """
-        if self.quantization is None or not self.is_quantized(source):
-            return self.tensor(source)
-        parts = {_part(name): self.tensor(name) for name in self.source_tensors(source)}
-        return self.quantization.unpack(source.removesuffix(_WEIGHT), parts)
+        if source.endswith(INPUT_ORDER):
+            order = self.input_order(source.removesuffix(INPUT_ORDER) + _WEIGHT)
+            if order is None:
+                raise ModelError(f"no {shorten(source)} in {self.directory}", "linears with reordered inputs")
+            return order
+        stored = self.linear_format(source)
+        if stored is not None:
+            parts = {_part(name): self.tensor(name) for name in self.source_tensors(source)}
+            return unpack_linear(stored, source.removesuffix(_WEIGHT), parts)
+        tensor = self.tensor(source)
+        return widen(tensor) if tensor.dtype.name in FLOAT8 else tensor
+
+    def input_order(self, source: str) -> NDArray[np.int32] | None:
+        """int32 [K]: the input that each column of the linear `source` belongs to; None where they are in order,
+        and for parts that do not fit, which `source` refuses. Raises `ModelError` for groups that cannot be."""
+        stored = self.linear_format(source)
+        if stored is None or stored.order_part is None:
+            return None
+        module = source.removesuffix(_WEIGHT)
+        part = f"{module}.{stored.order_part}"
+        if part not in self or self.dtype(part) != "int32" or len(self.shape(part)) != 1:
+            return None
+        return stored.input_order(module, self.tensor(part))
 
     def release_source(self, source: str) -> None:
         """Give the pages of a source back to the system once it has been converted."""

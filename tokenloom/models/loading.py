@@ -21,6 +21,7 @@ from tokenloom.kernels.program import Program, WeightSpec
 from tokenloom.models.checkpoint import Checkpoint
 from tokenloom.models.config import ModelConfig
 from tokenloom.models.hf_config import GenerationDefaults, read_config, read_generation_defaults
+from tokenloom.models.input_order import order_inputs
 from tokenloom.models.registry import build_program
 from tokenloom.models.rope import limit_context, rope_tables, table_bytes
 from tokenloom.models.weight_sources import (
@@ -81,7 +82,7 @@ def describe_model(
     directory: str | Path, *, max_context: int | None = None, weights: str = "auto"
 ) -> ModelDescription:
     """Read the configuration of `directory` and the headers of its files, and build its program; no weight is
-    read.
+    read, but for the orders of inputs.
 
     `max_context` (None or 0: all that the model allows) cuts `config.max_context`. Raises `ModelError`, and
     `InvalidParameter` for a context that the model cannot serve, and for `weights` that do not go with it.
@@ -91,9 +92,8 @@ def describe_model(
         # config.json is sometimes wrong about the type; the tensors are the fact.
         config = replace(config, dtype=checkpoint.main_dtype)
         resolve_weights(weights, checkpoint)
-    return ModelDescription(
-        config=config, program=build_program(config), generation=read_generation_defaults(directory)
-    )
+        program = order_inputs(build_program(config), checkpoint)
+    return ModelDescription(config=config, program=program, generation=read_generation_defaults(directory))
 
 
 class Packer(Protocol):
@@ -226,9 +226,9 @@ def load_weights(
     For float32 ("auto") an array has the type of its sources, or float32 where these differ: the values are
     exact, and a backend widens what it multiplies. For "bfloat16" (`ml_dtypes.bfloat16`) and "float16" they
     are rounded to that type. A weight with a source in 8 or 4 bits, from the checkpoint or by `weights`, is
-    float32 for any `dtype`: the values of its format. `progress` is called for each source. Raises `ModelError`
-    and `InvalidParameter` as `weight_sources`, and `ModelError` for a value that overflows the type; nothing is
-    allocated before all names and shapes agree.
+    float32 for any `dtype`: the values of its format. Orders of inputs are int32. `progress` is called for each
+    source. Raises `ModelError` and `InvalidParameter` as `weight_sources`, and `ModelError` for a value that
+    overflows the type; nothing is allocated before all names and shapes agree.
     """
     chosen = resolve_dtype(dtype)
     loaded: dict[str, NDArray[Any]] = {}
@@ -252,6 +252,8 @@ def _type_of(sources: tuple[WeightSource, ...], dtype: str) -> np.dtype[Any]:
         "quantized" if isinstance(source, Int8Matrix | Int4Matrix) else source.dtype.name
         for source in sources
     }
+    if stored == {"int32"}:
+        return np.dtype(np.int32)
     if "quantized" in stored:
         dtype = "float32"
     elif dtype == "float32" and len(stored) == 1:

@@ -25,6 +25,7 @@ from tokenloom.models.config import ModelConfig
 from tokenloom.models.machine_memory import MachineMemory, read_machine_memory
 from tokenloom.models.rope import table_bytes
 from tokenloom.models.weight_sources import WeightFormat, roundings
+from tokenloom.quantization.linear_format import LinearFormat
 from tokenloom.quantization.weights import num_groups
 
 FRAME_BYTES = 2 << 20
@@ -220,9 +221,10 @@ def weight_bytes(config: ModelConfig, program: Program, dtype: str = "auto", wei
     """
     narrow = dtype in ("bfloat16", "float16") or config.dtype != "float32"
     multiplied = {name for name, _ in program.products()}
-    wide = multiplied if config.quantization is not None else set()
+    wide = set(multiplied) if config.quantization is not None else set()
     if weights != "auto":
         wide = multiplied | {op.weight for op in program.ops if isinstance(op, Embed)}
+    wide |= {weight.name for weight in program.weights if weight.integers}
     return sum(
         math.prod(weight.shape)
         * ((2 if narrow and weight.name not in wide else 4) + (4 if weight.name in multiplied else 0))
@@ -245,17 +247,23 @@ def packed_weights(
 
 
 def _stored(config: ModelConfig, program: Program, spec: WeightSpec) -> list[tuple[str, int]]:
-    """The types of the sources of a weight; linears and the head may be stored in 4 bits, embeddings not."""
+    """What the sources of a weight give."""
+    if spec.integers:
+        return [("int32", 0)]
+    formats = _linear_formats(config, program, spec)
+    return [(config.dtype, 0) if stored is None else stored.form for stored in formats]
+
+
+def _linear_formats(config: ModelConfig, program: Program, spec: WeightSpec) -> list[LinearFormat | None]:
+    """How the sources of a weight are stored that are quantised: those of linears and the head may be, an embedding
+    not."""
     multiplied = {name for name, _ in program.products()}
     embeddings = {op.weight for op in program.ops if isinstance(op, Embed)}
     is_linear = spec.name in multiplied - embeddings - program.routers()
     quantization = config.quantization
-    return [
-        ("int4", quantization.group)
-        if is_linear and quantization is not None and quantization.converts(source.removesuffix(".weight"))
-        else (config.dtype, 0)
-        for source in spec.sources
-    ]
+    if not is_linear or quantization is None:
+        return [None] * len(spec.sources)
+    return [quantization.format_of(source.removesuffix(".weight")) for source in spec.sources]
 
 
 def native_building_bytes(config: ModelConfig, program: Program, forms: Mapping[str, WeightForm]) -> int:
@@ -267,15 +275,21 @@ def native_building_bytes(config: ModelConfig, program: Program, forms: Mapping[
 
 
 def _reading_bytes(config: ModelConfig, program: Program, spec: WeightSpec) -> int:
-    """Bytes of the sources of a weight that are no views of the file: 4 bits as a byte each, float32 where a
-    stack has parts of both kinds, and what is stored the other way."""
+    """Bytes of the sources of a weight that are no views of the file: 8 and 4 bits as a byte each, float32 for the
+    values of other formats and where a stack has parts of different kinds, and what is stored the other way."""
     size = math.prod(spec.shape)
     stored = _stored(config, program, spec)
-    groups = [group for kind, group in stored if kind == "int4"]
-    if not groups:
+    kinds = set(stored)
+    if not any(_linear_formats(config, program, spec)):
         return size * (4 if config.dtype == "float32" else 2) if spec.transposed else 0
-    unpacked = size + 3 * spec.shape[0] * num_groups(spec.shape[1], groups[0])
-    return unpacked if len(groups) == len(stored) else unpacked + 4 * size
+    groups = [group for kind, group in stored if kind == "int4"]
+    unpacked = size + 4 * spec.shape[0]
+    if groups:
+        # With columns in another order, a copy that is in theirs.
+        unpacked = (2 if spec.input_order else 1) * size + 3 * spec.shape[0] * num_groups(
+            spec.shape[1], min(groups)
+        )
+    return unpacked if len(kinds) == 1 and kinds != {("float32", 0)} else unpacked + 4 * size
 
 
 def _num_cores() -> int:

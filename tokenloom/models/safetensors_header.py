@@ -20,9 +20,18 @@ from tokenloom.models.json_fields import parse_json, shorten
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors package."""
 
-ITEM_BYTES: Mapping[str, int] = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4}
-"""Bytes of one number, by the format's name of the type. No other type is served. I32 is for the packed parts
-of quantised linears."""
+ITEM_BYTES: Mapping[str, int] = {
+    "F32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I8": 1,
+}
+"""Bytes of one number, by the format's name of the type. No other type is served. Integers are for the parts of
+quantised linears."""
 
 _COMPLETE = "a complete file"
 _MAX_DIMENSIONS = 8
@@ -56,7 +65,7 @@ def parse_header(prefix: bytes, file_size: int, where: str) -> int:
 def parse_entries(header: bytes, file_size: int, where: str) -> dict[str, TensorEntry]:
     """The tensors that a JSON header lists, by name.
 
-    Raises `ModelError` for a type other than F32, BF16, F16, I32, a shape that does not give the tensor's bytes,
+    Raises `ModelError` for a type that is not in `ITEM_BYTES`, a shape that does not give the tensor's bytes,
     tensors that overlap or leave a gap, and a file that is shorter or longer than its header says.
     """
     start = 8 + len(header)

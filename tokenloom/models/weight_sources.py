@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 from numpy.typing import NDArray
 
 from tokenloom.errors import InvalidParameter, ModelError
@@ -30,15 +31,17 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
+_KV_SCALES = (".k_scale", ".v_scale", ".q_scale", ".kv_scale")
 _FLOATS = ("float32", "bfloat16", "float16")
 
 
 class SourcedWeight(NamedTuple):
     """A weight of the program and its sources, which are stacked along axis 0 to its shape.
 
-    A source is a view of the mapped file ([rows, ...] of float32, bfloat16 or float16; for a transposed spec
-    already turned) or a matrix in 8 or 4 bits. The sources of one weight may be of different kinds where a
-    checkpoint leaves some linears as they were. They are valid until the next weight is asked for.
+    A source is an array, mostly a view of the mapped file ([rows, ...] of float32, bfloat16 or float16; for a
+    transposed spec already turned; int32 [K] for an order of inputs), or a matrix in 8 or 4 bits. The sources of
+    one weight may be of different kinds where a checkpoint leaves some linears as they were. They are valid until
+    the next weight is asked for.
     """
 
     spec: WeightSpec
@@ -64,7 +67,7 @@ def weight_sources(
 
 
 class SourceForm(NamedTuple):
-    """How a source is stored: `dtype` float32, bfloat16, float16, or int4 in groups of `group` inputs."""
+    """What a source gives: `dtype` float32, bfloat16, float16, int8, int4 in groups of `group` inputs, or int32."""
 
     dtype: str
     group: int = 0
@@ -74,16 +77,10 @@ def source_forms(program: Program, checkpoint: Checkpoint) -> dict[str, tuple[So
     """The stored forms of the sources of each weight that `weight_sources` hands out, in the same order; the
     checkpoint fits the program (`check_weights`)."""
     return {
-        spec.name: tuple(_form(source, checkpoint) for source in spec.sources)
+        spec.name: tuple(SourceForm(*checkpoint.source_form(source)) for source in spec.sources)
         for spec in program.weights
         if _is_present(spec, checkpoint)
     }
-
-
-def _form(source: str, checkpoint: Checkpoint) -> SourceForm:
-    if checkpoint.quantization is not None and checkpoint.is_quantized(source):
-        return SourceForm("int4", checkpoint.quantization.group)
-    return SourceForm(checkpoint.dtype(source))
 
 
 def _read(
@@ -107,10 +104,10 @@ def _source(
     spec: WeightSpec, name: str, checkpoint: Checkpoint, chosen: Mapping[str, Literal["int8", "int4"]]
 ) -> WeightSource:
     found = checkpoint.source(name)
-    if isinstance(found, Int4Matrix):
-        # Packed parts are [N, K] in any case: the tools turn what is stored the other way.
+    if isinstance(found, Int8Matrix | Int4Matrix):
         return found
-    view = found.T if spec.transposed else found
+    # Quantised linears are [N, K] in any case: the tools turn what is stored the other way.
+    view = found.T if spec.transposed and checkpoint.linear_format(name) is None else found
     rounding = chosen.get(spec.name)
     if rounding == "int8":
         return round_to_nearest.int8(view, name)
@@ -118,13 +115,14 @@ def _source(
 
 
 def resolve_weights(weights: str, checkpoint: Checkpoint) -> WeightFormat:
-    """`weights`, checked. Raises `InvalidParameter` for an unknown format, and for int8 and int4 where the
-    linears of the checkpoint are quantised already."""
-    if checkpoint.quantization is not None and weights in ("int8", "int4"):
+    """`weights`, checked. Raises `InvalidParameter` for an unknown format, and for int8 and int4 where
+    linears of the checkpoint are in such a form already."""
+    quantization = checkpoint.quantization
+    if quantization is not None and quantization.is_final and weights in ("int8", "int4"):
         raise InvalidParameter(
             "weights",
             weights,
-            f"auto: the checkpoint is quantised already ({checkpoint.quantization.method})",
+            f"auto: the checkpoint is quantised already ({quantization.method})",
         )
     if weights == "auto":
         return "auto"
@@ -169,8 +167,8 @@ def check_weights(program: Program, checkpoint: Checkpoint) -> None:
     """Raise `ModelError` with every tensor that is missing, unexpected, mis-shaped or of the wrong kind.
 
     Ignored are the frequencies that old checkpoints store (`rotary_emb.inv_freq`), an `lm_head.weight` that
-    equals the embedding it is tied to (one that differs is refused: it contradicts config.json), and biases of
-    zeros that some GPTQ tools add to every linear.
+    equals the embedding it is tied to (one that differs is refused: it contradicts config.json), biases of
+    zeros that some GPTQ tools add to every linear, and the scales with which others would round K and V.
     """
     problems: list[str] = []
     used: set[str] = set()
@@ -185,6 +183,8 @@ def check_weights(program: Program, checkpoint: Checkpoint) -> None:
             problems += _spec_problems(spec, checkpoint, rows.get(spec.name), spec.name in quantizable)
     for name in checkpoint.names:
         if name in used or name.endswith(_IGNORED_SUFFIX) or _is_empty_bias(name, checkpoint):
+            continue
+        if checkpoint.quantization is not None and name.endswith(_KV_SCALES):
             continue
         if name != HEAD:
             problems.append(f"unexpected {name} {list(checkpoint.shape(name))}")
@@ -204,12 +204,16 @@ def _spec_problems(
     problems: list[str] = []
     shapes: list[tuple[int, ...]] = []
     for i, source in enumerate(spec.sources):
-        found = _kind_problems(source, checkpoint, quantizable)
+        found = [] if spec.integers else _kind_problems(source, checkpoint, quantizable)
         if found:
             problems += found
             continue
+        if spec.input_order is None and checkpoint.input_order(source) is not None:
+            problems.append(
+                f"{source} with reordered inputs (desc_act), which no other op than a linear offers"
+            )
         shape = checkpoint.source_shape(source)
-        if spec.transposed and not checkpoint.is_quantized(source):
+        if spec.transposed and checkpoint.linear_format(source) is None:
             shape = shape[::-1]
         if rows is not None and shape != (rows[i], *spec.shape[1:]):
             problems.append(f"{source} of shape {list(shape)} instead of {[rows[i], *spec.shape[1:]]}")
@@ -222,28 +226,37 @@ def _spec_problems(
 def _kind_problems(source: str, checkpoint: Checkpoint, quantizable: bool) -> list[str]:
     """What is wrong with a source before its shape can be compared: missing, of the wrong type, or quantised
     against what config.json says."""
-    quantization = checkpoint.quantization
+    quantization, stored = checkpoint.quantization, checkpoint.linear_format(source)
     module = source.removesuffix(".weight")
-    if quantization is None or not checkpoint.is_quantized(source):
+    named = quantization is None or quantization.format_of(module) is not None
+    if quantization is None or stored is None:
         if source not in checkpoint:
-            packed = quantization is None and f"{module}.qweight" in checkpoint
-            hint = f" ({module}.qweight needs a quantization_config in config.json)" if packed else ""
-            return [f"missing {source}{hint}"]
-        if checkpoint.dtype(source) not in _FLOATS:
-            return [f"{source} of dtype {checkpoint.dtype(source)} instead of {', '.join(_FLOATS)}"]
-        if quantization is not None and quantizable and quantization.converts(module):
+            mains = [name for name in (f"{module}.qweight", f"{module}.weight_packed") if name in checkpoint]
+            packed = mains and quantization is None
+            return [
+                f"missing {source}"
+                + (f" ({mains[0]} needs a quantization_config in config.json)" if packed else "")
+            ]
+        form, _ = checkpoint.source_form(source)
+        if form not in _FLOATS:
+            return [f"{source} of dtype {form} instead of {', '.join(_FLOATS)}"]
+        if quantization is not None and quantizable and named and not quantization.by_type:
             return [f"{source} that is not quantised, though quantization_config does not except it"]
         return []
-    missing = [f"missing {name}" for name in checkpoint.source_tensors(source) if name not in checkpoint]
+    parts = checkpoint.source_tensors(source)
+    missing = [f"missing {name}" for name in parts if name not in checkpoint]
     if missing:
         return missing
-    if source in checkpoint:
-        return [f"{source} beside {module}.qweight"]
-    if not quantizable or not quantization.converts(module):
-        return [f"{module}.qweight, though quantization_config leaves {module} as it was"]
-    for name in checkpoint.source_tensors(source):
-        wanted = _FLOATS if name.endswith(".scales") else ("int32",)
-        if checkpoint.dtype(name) not in wanted:
+    main = f"{module}.{stored.main}"
+    if source in checkpoint and source != main:
+        return [f"{source} beside {main}"]
+    if not quantizable:
+        return [f"{main} that is quantised, which only linears may be"]
+    if not named and not quantization.by_type:
+        return [f"{main}, though quantization_config leaves {module} as it was"]
+    for name in parts:
+        wanted = stored.dtypes(name.rpartition(".")[2])
+        if wanted and checkpoint.dtype(name) not in wanted:
             return [f"{name} of dtype {checkpoint.dtype(name)} instead of {', '.join(wanted)}"]
     try:
         checkpoint.source_shape(source)
@@ -291,13 +304,15 @@ def _source_rows(program: Program) -> dict[str, tuple[int, ...]]:
 def _is_empty_bias(name: str, checkpoint: Checkpoint) -> bool:
     """Whether the tensor is a bias of zeros of a quantised linear."""
     module = name.removesuffix(".bias")
-    if module == name or not checkpoint.is_quantized(f"{module}.weight"):
+    if module == name or checkpoint.linear_format(f"{module}.weight") is None:
         return False
     return not checkpoint.tensor(name).any()
 
 
 def _is_tied_copy(checkpoint: Checkpoint) -> bool:
-    head, embedding = checkpoint.tensor(HEAD), checkpoint.tensor(EMBEDDING)
+    head, embedding = checkpoint.source(HEAD), checkpoint.source(EMBEDDING)
+    if not isinstance(head, np.ndarray) or not isinstance(embedding, np.ndarray):
+        return False
     if head.shape != embedding.shape or head.ndim != 2:
         return False
     same = all(bool((head[rows] == embedding[rows]).all()) for rows in row_blocks(head.shape))

@@ -12,19 +12,23 @@ files of llm-awq have other layouts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokenloom.quantization.packed_parts import (
+    FLOATS,
     NIBBLES,
     Shape,
-    check_dtypes,
     check_groups,
     check_matrix,
-    nibble,
-    read_scales,
+    finite_scales,
+    held_group,
+    int4_matrix,
+    narrow_scales,
+    number,
 )
 from tokenloom.quantization.weights import BLOCK_ELEMENTS, Int4Matrix, UInt8
 
@@ -32,27 +36,38 @@ ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of its eight outputs the i-th nibble of a word holds."""
 
 
-def shape(name: str, found: Mapping[str, Shape], group: int) -> tuple[int, int]:
-    """(N, K) of the linear `name` from the shapes of its parts. Raises `ModelError` if they do not fit."""
-    check_matrix(name, found, "qweight")
-    depth, words = found["qweight"]
-    check_groups(name, found, words * NIBBLES, depth, group)
-    return words * NIBBLES, depth
+@dataclass(frozen=True, slots=True)
+class AwqLinear:
+    """`group` inputs share a scale and a zero; 0: all. See `LinearFormat`."""
 
+    group: int
 
-def unpack(name: str, tensors: Mapping[str, NDArray[Any]], group: int) -> Int4Matrix:
-    """The linear `name` from its parts qweight, qzeros and scales, in blocks of columns.
+    main: ClassVar[str] = "qweight"
+    parts: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
+    optional_parts: ClassVar[tuple[str, ...]] = ()
+    order_part: ClassVar[str | None] = None
 
-    Raises `ModelError`, naming the part, for a wrong type or shape and for scales that are not finite.
-    """
-    shape(name, {part: tensor.shape for part, tensor in tensors.items()}, group)
-    check_dtypes(name, tensors)
-    return Int4Matrix(
-        _unpack_words(tensors["qweight"]),
-        read_scales(tensors["scales"], name),
-        _unpack_words(tensors["qzeros"]),
-        group,
-    )
+    @property
+    def form(self) -> tuple[str, int]:
+        return "int4", held_group(self.group)
+
+    def dtypes(self, part: str) -> tuple[str, ...]:
+        return FLOATS if part == "scales" else ("int32",)
+
+    def shape(self, name: str, found: Mapping[str, Shape]) -> tuple[int, int]:
+        check_matrix(name, found, "qweight")
+        depth, words = found["qweight"]
+        check_groups(name, found, words * NIBBLES, depth, self.group)
+        return words * NIBBLES, depth
+
+    def unpack(self, name: str, tensors: Mapping[str, NDArray[Any]]) -> Int4Matrix:
+        """In blocks of columns."""
+        scales = narrow_scales(finite_scales(tensors["scales"].T, name), name)
+        q, zeros = _unpack_words(tensors["qweight"]), _unpack_words(tensors["qzeros"])
+        return int4_matrix(q, scales, zeros, self.group)
+
+    def input_order(self, name: str, groups: NDArray[Any]) -> None:
+        return None
 
 
 def _unpack_words(packed: NDArray[np.int32]) -> UInt8:
@@ -63,5 +78,5 @@ def _unpack_words(packed: NDArray[np.int32]) -> UInt8:
     for start in range(0, num_words, step):
         words = np.ascontiguousarray(packed[:, start : start + step].T)
         for i, output in enumerate(ORDER):
-            out[start : start + step, output] = nibble(words, i)
+            out[start : start + step, output] = number(words, i, 4)
     return out.reshape(num_words * NIBBLES, depth)

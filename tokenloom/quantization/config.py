@@ -1,107 +1,88 @@
-"""`quantization_config` of a config.json: which linears are stored in 4 bits, and how.
+"""`quantization_config` of a config.json: which linears are stored in fewer bits, and how.
 
-Read as transformers, AutoAWQ, AutoGPTQ and GPTQModel write it. Fields that change what the tensors mean and
-are not offered are refused by name; those that say how the weights were found (damp_percent, mse, static_groups,
-true_sequential ...) or which kernels to run (backend, do_fuse ...) are ignored.
+Read as transformers, AutoAWQ, AutoGPTQ, GPTQModel, vLLM and llm-compressor write it. Fields that change what the
+tensors mean and are not offered are refused by name; those that say how the weights were found (damp_percent, mse,
+static_groups, true_sequential, observer ...), which kernels to run (backend, do_fuse ...) or how others round
+activations and KV (activation_scheme, input_activations, kv_cache_scheme) are ignored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NoReturn
-
-from numpy.typing import NDArray
+from typing import Any, Final
 
 from tokenloom.errors import ModelError
-from tokenloom.quantization import awq, gptq
-from tokenloom.quantization.packed_parts import Shape
-from tokenloom.quantization.weights import GROUPS, Int4Matrix
+from tokenloom.quantization import compressed_tensors
+from tokenloom.quantization.awq import AwqLinear
+from tokenloom.quantization.fp8 import Fp8Linear
+from tokenloom.quantization.gptq import GptqLinear
+from tokenloom.quantization.linear_format import LinearFormat
+from tokenloom.quantization.selection import NameSelection, Selection
+from tokenloom.quantization.written import Written, shorten
 
-Method = Literal["awq", "gptq"]
-
-METHODS: Final[tuple[Method, ...]] = ("awq", "gptq")
+METHODS: Final = ("awq", "gptq", "fp8", "compressed-tensors")
 FIELD: Final = "quantization_config"
 
-_HEAD: Final = "lm_head"
-_PARTS: Final = ("qweight", "qzeros", "scales")
+_OLD_FIELD: Final = "compression_config"
 _GPTQ_FORMATS: Final = {"gptq": 1, "gptq_v2": 0}
+_KERNEL_FORMS: Final = ("int8", "int4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightQuantization:
-    """How the linears of a checkpoint are stored.
+    """How the linears of a checkpoint are stored: the first of `formats` whose selection has the module.
 
-    `group` inputs share a scale and a zero. `zero_offset` is added to a stored zero. `symmetric`: every zero
-    should be 8. `needs_order` (desc_act): a linear must say with its g_idx that its inputs are in order.
-    Modules whose names contain one of `skipped` stay as they were; where `only` is not empty, so do those
-    whose names end with none of it. `converts_head`: the output head is stored in 4 bits too.
+    `by_type`: whether a linear is quantised is told by the type of its weight, and one that is left as it was need
+    not be named.
     """
 
-    method: Method
-    group: int
-    zero_offset: int = 0
-    symmetric: bool = False
-    needs_order: bool = False
-    skipped: tuple[str, ...] = ()
-    only: tuple[str, ...] = ()
-    converts_head: bool = False
+    method: str
+    formats: tuple[tuple[Selection, LinearFormat], ...]
+    by_type: bool = False
 
-    def converts(self, module: str) -> bool:
-        """Whether the linear `module`, such as "model.layers.0.mlp.up_proj", is stored in 4 bits."""
-        if any(pattern in module for pattern in self.skipped):
-            return False
-        if module == _HEAD:
-            return self.converts_head
-        return not self.only or any(f".{module}".endswith(f".{suffix}") for suffix in self.only)
+    def format_of(self, module: str) -> LinearFormat | None:
+        """How the linear `module`, such as "model.layers.0.mlp.up_proj", is stored; None for one that stays as it
+        was."""
+        return next((stored for selection, stored in self.formats if selection.selects(module)), None)
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """Suffixes of the tensors that a linear is stored in."""
-        return (*_PARTS, "g_idx") if self.needs_order else _PARTS
-
-    @property
-    def optional_parts(self) -> tuple[str, ...]:
-        """Suffixes of tensors that may be there as well."""
-        return ("g_idx",) if self.method == "gptq" and not self.needs_order else ()
-
-    def shape(self, module: str, found: Mapping[str, Shape]) -> tuple[int, int]:
-        """(N, K) from the shapes of the parts of `module`. Raises `ModelError` if they do not fit."""
-        if self.method == "awq":
-            return awq.shape(module, found, self.group)
-        return gptq.shape(module, found, self.group)
-
-    def unpack(self, module: str, tensors: Mapping[str, NDArray[Any]]) -> Int4Matrix:
-        """The weight of `module` from its parts by suffix. Raises `ModelError` as the method's `unpack`."""
-        if self.method == "awq":
-            return awq.unpack(module, tensors, self.group)
-        return gptq.unpack(
-            module, tensors, self.group, zero_offset=self.zero_offset, symmetric=self.symmetric
-        )
+    def is_final(self) -> bool:
+        """Whether linears are in a form of 8 or 4 bits that the kernels multiply: to round them again would lose
+        twice."""
+        return any(stored.form[0] in _KERNEL_FORMS for _, stored in self.formats)
 
 
 def parse_quantization(config: Mapping[str, Any], file: str = "config.json") -> WeightQuantization | None:
-    """The `quantization_config` in `config`, the object of a config.json; None where it is absent or null.
+    """The `quantization_config` in `config`, the object of a config.json, or its `compression_config`, as it was
+    called once; None where both are absent or null.
 
     Raises `ModelError`, with the field's name and value, for what is malformed or not offered.
     """
-    if config.get("compression_config") is not None:
-        raise ModelError(f"{file}: compression_config", f"{FIELD} with quant_method {' or '.join(METHODS)}")
-    value = config.get(FIELD)
+    value, field = config.get(FIELD), FIELD
+    if value is None:
+        value, field = config.get(_OLD_FIELD), _OLD_FIELD
     if value is None:
         return None
     if not isinstance(value, Mapping):
-        raise ModelError(f"{file}: {FIELD} = {_shorten(value)}", "an object")
-    written = _Written(value, file)
+        raise ModelError(f"{file}: {field} = {shorten(value)}", "an object")
+    written = Written(value, file, field)
     method = value.get("quant_method")
-    if method == "awq":
+    if field == _OLD_FIELD:
+        written.choice("quant_method", None, "sparseml", "compressed-tensors")
+    elif method == "awq":
         return _awq(written)
-    if method != "gptq":
-        written.refuse("quant_method", " or ".join(METHODS))
-    return _gptq(written)
+    elif method == "gptq":
+        return _gptq(written)
+    elif method == "fp8":
+        return _fp8(written)
+    elif method != "compressed-tensors":
+        written.refuse("quant_method", ", ".join(METHODS))
+    formats = tuple(compressed_tensors.parse(written))
+    return WeightQuantization(method="compressed-tensors", formats=formats)
 
 
-def _awq(written: _Written) -> WeightQuantization:
+def _awq(written: Written) -> WeightQuantization:
     version = written.data.get("version", "gemm")
     if not isinstance(version, str) or version.lower() != "gemm":
         written.refuse("version", "'gemm'")
@@ -109,77 +90,41 @@ def _awq(written: _Written) -> WeightQuantization:
         written.refuse("backend", "'autoawq'")
     if not written.flag("zero_point", True):
         written.refuse("zero_point", "true")
-    return WeightQuantization(
-        method="awq", group=written.group(), skipped=written.names("modules_to_not_convert")
-    )
+    written.bits("bits", 4)
+    selection = NameSelection(skipped=written.names("modules_to_not_convert"))
+    return WeightQuantization(method="awq", formats=((selection, AwqLinear(written.group())),))
 
 
-def _gptq(written: _Written) -> WeightQuantization:
+def _gptq(written: Written) -> WeightQuantization:
     # AutoGPTQ calls the field checkpoint_format, newer releases of GPTQModel format.
     field = "checkpoint_format" if written.data.get("checkpoint_format") is not None else "format"
-    stored = written.data.get(field)
-    stored = "gptq" if stored is None else stored
-    if not isinstance(stored, str) or stored not in _GPTQ_FORMATS:
-        written.refuse(field, " or ".join(_GPTQ_FORMATS))
+    stored = written.choice(field, None, *_GPTQ_FORMATS) or "gptq"
     if written.data.get("pack_dtype", "int32") != "int32":
         written.refuse("pack_dtype", "'int32'")
     if written.data.get("dynamic"):
         written.refuse("dynamic", "one format for all linears")
     if written.flag("is_marlin_format", False):
         written.refuse("is_marlin_format", "false")
-    return WeightQuantization(
-        method="gptq",
+    linear = GptqLinear(
         group=written.group(),
+        bits=written.bits("bits", 4, 8),
         zero_offset=_GPTQ_FORMATS[stored],
         symmetric=written.flag("sym", False),
         needs_order=written.flag("desc_act", False),
+    )
+    selection = NameSelection(
         skipped=written.names("modules_to_not_convert"),
         only=written.names("modules_in_block_to_quantize"),
-        converts_head=written.flag("lm_head", False),
+        head=written.flag("lm_head", False),
     )
+    return WeightQuantization(method="gptq", formats=((selection, linear),))
 
 
-class _Written:
-    """Look-ups in the object; every method raises `ModelError` with the field's name and value."""
-
-    def __init__(self, data: Mapping[str, Any], file: str) -> None:
-        self.data = data
-        self._file = file
-
-    def refuse(self, name: str, supported: str) -> NoReturn:
-        method = _shorten(self.data.get("quant_method"))
-        of = "" if name == "quant_method" else f" (quant_method {method})"
-        if name not in self.data:
-            raise ModelError(f"{self._file} without {FIELD}.{name}{of}", supported)
-        raise ModelError(f"{self._file}: {FIELD}.{name} = {_shorten(self.data[name])}{of}", supported)
-
-    def group(self) -> int:
-        """The group size, of numbers of 4 bits."""
-        bits, group = self.data.get("bits"), self.data.get("group_size")
-        if type(bits) is not int or bits != 4:
-            self.refuse("bits", "4")
-        if type(group) is not int or group not in GROUPS:
-            self.refuse("group_size", ", ".join(map(str, GROUPS)))
-        return group
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.data.get(name)
-        if value is not None and not isinstance(value, bool):
-            self.refuse(name, "true or false")
-        return default if value is None else value
-
-    def names(self, name: str) -> tuple[str, ...]:
-        """A list of names, or of lists of names, flat; empty where it is absent or null."""
-        value = self.data.get(name)
-        flat: list[str] = []
-        for item in value if isinstance(value, list) else [] if value is None else [None]:
-            for text in item if isinstance(item, list) else [item]:
-                if not isinstance(text, str) or not text:
-                    self.refuse(name, "a list of names of modules")
-                flat.append(text)
-        return tuple(flat)
-
-
-def _shorten(value: object, limit: int = 100) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+def _fp8(written: Written) -> WeightQuantization:
+    written.choice("activation_scheme", None, "dynamic", "static")
+    written.choice("fmt", None, "e4m3", "e5m2")
+    block = (0, 0) if written.data.get("weight_block_size") is None else written.pair("weight_block_size")
+    # vLLM calls the field ignored_layers.
+    skipped = written.names("modules_to_not_convert") + written.names("ignored_layers")
+    selection = NameSelection(skipped=skipped, head=True)
+    return WeightQuantization(method="fp8", formats=((selection, Fp8Linear(block)),), by_type=True)

@@ -36,7 +36,7 @@ BLOCK_ELEMENTS: Final = 1 << 22
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Int8Matrix:
-    """`q` int8 [N, K] from -127 to 127, `scales` float32 [N], finite. Raises ValueError for anything else."""
+    """`q` int8 [N, K], `scales` float32 [N], finite. Raises ValueError for anything else."""
 
     q: Int8
     scales: Float32
@@ -44,8 +44,6 @@ class Int8Matrix:
     def __post_init__(self) -> None:
         _check_array("q", self.q, np.int8, self.q.shape if self.q.ndim == 2 else (0, 0))
         _check_array("scales", self.scales, np.float32, self.q.shape[:1])
-        if self.q.size and int(self.q.min()) < -127:
-            raise ValueError("q has the value -128, below -127")
         _check_finite(self.scales)
 
     @property

@@ -58,7 +58,7 @@ def build_engine(config: Config, listener: LoadListener) -> EngineParts:
     `OutOfMemory`, `InvalidParameter` or `UnsupportedFeature`.
     """
     ops = choose_ops(config)
-    directory = model_directory(config.model.model)
+    directory = model_directory(config.model.model, config.model.revision)
     tokenizer = Tokenizer.from_dir(directory)
     scheduler = config.scheduler
     budget = ChunkedPrefill(scheduler.max_batch_tokens, scheduler.max_chunk_tokens)

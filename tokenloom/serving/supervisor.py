@@ -130,9 +130,10 @@ class ProcessEngineClient(StreamingClient):
     # --- the life of the process -------------------------------------------------------------------------
 
     async def _supervise(self) -> None:
+        model = self._config.model
         try:
             self._tokenizer = await asyncio.to_thread(
-                Tokenizer.from_dir, model_directory(self._config.model.model)
+                Tokenizer.from_dir, model_directory(model.model, model.revision)
             )
             await self._keep_running()
         except TokenloomError as error:

@@ -348,6 +348,20 @@ def test_zero_points_may_be_sixteen(isa: str) -> None:
     assert_same(_run(packed, x, isa), expected)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("depth", [70, 4096])
+def test_int8_may_be_minus_128(isa: str, depth: int) -> None:
+    rng = np.random.default_rng(34)
+    q = rng.integers(-128, 128, (40, depth), dtype=np.int8)
+    q[7], q[8] = -128, 127
+    scales = rng.uniform(0.001, 0.1, 40).astype(np.float32)
+    packed = _native.PackedLinear([q], "i8", scales=[scales])
+    x = numbers(rng, 3, depth)
+    x[2] = np.abs(x[2]).max()
+    expected = np.stack([spec.linear_int8(*spec.quantize_row(row), q, scales) for row in x])
+    assert_same(_run(packed, x, isa), expected)
+
+
 def _ones() -> tuple[list[Any], list[Any]]:
     return [np.ones((8, 1), np.float16)], [np.ones((8, 1), np.uint8)]
 

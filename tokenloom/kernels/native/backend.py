@@ -20,6 +20,7 @@ from tokenloom.kernels.program import (
     Embed,
     EmbedPositions,
     Experts,
+    Gather,
     LayerNorm,
     Linear,
     Program,
@@ -27,6 +28,7 @@ from tokenloom.kernels.program import (
     RopeStore,
     Route,
 )
+from tokenloom.kernels.program_check import check_program
 
 Float32 = NDArray[np.float32]
 
@@ -67,7 +69,7 @@ class NativeBackend:
     ) -> None:
         if dtype not in DTYPES:
             raise UnsupportedFeature(f"dtype {dtype}", f"the native backend has {', '.join(DTYPES)}")
-        program.check()
+        check_program(program)
         native = extension.load()
         self._pool = pool or native.ThreadPool(num_threads)
         self._packer = WeightPacker(program, dtype, self._pool, {})
@@ -184,6 +186,8 @@ class NativeBackend:
                 )
             elif isinstance(op, Linear):
                 self._linear(op, packed)
+            elif isinstance(op, Gather):
+                self._model.gather(self._buffers[op.source], packed[op.order], self._buffers[op.out])
             elif isinstance(op, RopeStore):
                 q_norm, k_norm = (None if n is None else packed[n] for n in (op.q_norm, op.k_norm))
                 self._model.rope_store(

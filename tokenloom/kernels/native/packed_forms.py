@@ -15,10 +15,15 @@ from tokenloom.kernels.native.weights import INT4_GROUP, PackedTable, shrinks
 from tokenloom.kernels.program import Embed, Program
 
 Sources = Mapping[str, Sequence[tuple[str, int]]]
-"""By name of each weight that will be packed, its sources as stored: (float32, bfloat16 or float16, 0), or
-("int4", inputs to a group)."""
+"""By name of each weight that will be packed, its sources as they are read: (float32, bfloat16, float16 or int32,
+0), ("int8", 0), or ("int4", inputs to a group)."""
 
-_TYPES: Mapping[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+_TYPES: Mapping[str, Any] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "int32": np.int32,
+}
 
 
 class WeightForm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,14 +59,14 @@ def expected_forms(
         elif name in tables:
             forms[name] = WeightForm("table", types.pop() if len(types) == 1 else "float32", spec.shape)
         else:
-            forms[name] = WeightForm("vector", "float32", spec.shape)
+            forms[name] = WeightForm("vector", "int32" if spec.integers else "float32", spec.shape)
     return forms
 
 
 def _product_format(stored: Sequence[tuple[str, int]], chosen: str) -> tuple[str, int]:
-    """Format and group of a linear: 4 bits stay as they are where all of its sources have them."""
-    if all(kind == "int4" for kind, _ in stored):
-        return "int4", stored[0][1]
+    """Format and group of a linear: 8 or 4 bits stay as they are where all of its sources have the same."""
+    if stored[0][0] in ("int8", "int4") and len(set(stored)) == 1:
+        return stored[0]
     return chosen, INT4_GROUP if chosen == "int4" else 0
 
 

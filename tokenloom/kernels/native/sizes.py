@@ -13,7 +13,7 @@ from tokenloom.kernels.backend import kv_page_bytes
 from tokenloom.kernels.native.packed_forms import WeightForm
 from tokenloom.kernels.program import Attention, BufferSpec, Experts, Program
 
-_ITEM_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+_ITEM_BYTES: Final[Mapping[str, int]] = {"float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 _PANEL: Final = 32
 _ALIGN: Final = 64
 _TILE_ROWS: Final = 64

@@ -60,13 +60,15 @@ class WeightPacker:
         self._tables = {op.weight for op in program.ops if isinstance(op, Embed)} - self._multiplied
 
     def pack(self, spec: WeightSpec, sources: Sequence[Any]) -> Any:
-        """The packed form of one weight: a native PackedWeight, a `PackedTable`, or float32 [n] for vectors.
+        """The packed form of one weight: a native PackedWeight, a `PackedTable`, or float32 or int32 [n] for vectors.
 
         `sources` are arrays or quantised matrices that are stacked along axis 0 to `spec.shape`; a transposed
         spec's are turned already. Raises ValueError for values that the format cannot hold: not finite ones
         and groups that are too wide where they are rounded to 8 or 4 bits, too large ones for bfloat16, and
         integers outside their range.
         """
+        if spec.integers:
+            return _integers(spec, sources)
         if spec.name in self._multiplied:
             return self._matrix(spec, sources)
         if spec.name not in self._tables:
@@ -78,11 +80,11 @@ class WeightPacker:
 
     def _matrix(self, spec: WeightSpec, sources: Sequence[Any]) -> Any:
         paired = spec.name in self._paired
-        quantized = [not isinstance(source, np.ndarray) for source in sources]
-        if all(quantized):
+        kinds = {(type(source), getattr(source, "group", 0)) for source in sources}
+        if len(kinds) == 1 and not isinstance(sources[0], np.ndarray):
             return self._quantized(sources, paired)
-        if any(quantized):
-            # A stack of which some parts were left in floating point: the whole is multiplied in it.
+        if kinds != {(np.ndarray, 0)}:
+            # A stack of different parts, some perhaps left in floating point: the whole is multiplied in it.
             sources = [
                 source if isinstance(source, np.ndarray) else source.dequantize() for source in sources
             ]
@@ -95,14 +97,10 @@ class WeightPacker:
 
     def _quantized(self, sources: Sequence[Any], paired: bool) -> Any:
         parts = [(source.q, source.scales, getattr(source, "zeros", None)) for source in sources]
-        groups = {getattr(source, "group", 0) for source in sources}
-        if len(groups) != 1:
-            raise UnsupportedFeature(
-                "stacked weights with different groups", "one group size for q, k, v and for gate, up"
-            )
+        group = getattr(sources[0], "group", 0)
         scales = [s.view(np.uint16) if s.dtype == np.float16 else s for _, s, _ in parts]
         return self._native.pack_quantized(
-            self._pool, [q for q, _, _ in parts], scales, [z for _, _, z in parts], paired, groups.pop()
+            self._pool, [q for q, _, _ in parts], scales, [z for _, _, z in parts], paired, group
         )
 
 
@@ -120,6 +118,15 @@ def _stacked(sources: Sequence[NDArray[Any]]) -> NDArray[Any]:
     if len({array.dtype for array in arrays}) > 1:
         arrays = [_float32(array) for array in arrays]
     return np.concatenate(arrays)
+
+
+def _integers(spec: WeightSpec, sources: Sequence[NDArray[Any]]) -> NDArray[np.int32]:
+    """A copy of the int32 numbers of all sources: it outlives the file."""
+    if any(source.dtype != np.int32 for source in sources):
+        raise ValueError(
+            f"weight {spec.name} is {[str(source.dtype) for source in sources]} instead of int32"
+        )
+    return np.concatenate(sources)
 
 
 def _contiguous(array: NDArray[Any]) -> NDArray[Any]:

@@ -27,6 +27,7 @@ from tokenloom.kernels.program import (
     Embed,
     EmbedPositions,
     Experts,
+    Gather,
     LayerNorm,
     Linear,
     Op,
@@ -35,6 +36,7 @@ from tokenloom.kernels.program import (
     RopeStore,
     Route,
 )
+from tokenloom.kernels.program_check import check_program
 from tokenloom.kernels.reference.attention import AttentionPlan, HeadShape, run_attention
 from tokenloom.kernels.reference.gemm import COLUMN_UNIT, ROW_TILE, PackedLinear, padded
 from tokenloom.kernels.reference.kv_pool import Indices, KVPool
@@ -117,7 +119,7 @@ class Interpreter:
     ) -> None:
         if dtype not in DTYPES:
             raise UnsupportedFeature(f"dtype {dtype}", f"the reference backend has {', '.join(DTYPES)}")
-        program.check()
+        check_program(program)
         self.program = program
         self._pool = pool
         self._workers = workers
@@ -176,6 +178,8 @@ class Interpreter:
             return self._rms_norm(op)
         if isinstance(op, Linear):
             return self._linear_op(op)
+        if isinstance(op, Gather):
+            return self._gather(op)
         if isinstance(op, RopeStore):
             return self._rope_store(op)
         if isinstance(op, Route):
@@ -342,6 +346,16 @@ class Interpreter:
             for number in np.unique(chosen).tolist():
                 rows, places = np.nonzero(chosen == number)
                 expert(step, number, rows, routes[rows, places])
+
+        return run
+
+    def _gather(self, op: Gather) -> CompiledOp:
+        order, width = self._weights[op.order], self._widths[op.out]
+        if order.dtype != np.int32 or order.min() < 0 or order.max() >= width:
+            raise ValueError(f"weight {op.order} is no order of {width} elements")
+
+        def run(step: Step) -> None:
+            step.wide[op.out][:, :width] = step.wide[op.source][:, order]
 
         return run
 
