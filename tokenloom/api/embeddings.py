@@ -73,7 +73,11 @@ def _too_long(name: str, num_tokens: int, card: ModelCard) -> InvalidParameter:
         f"This model's maximum context length is {card.max_context} tokens, but {name} has {num_tokens}."
     )
     return InvalidParameter(
-        name, num_tokens, f"at most {card.max_context}", code="context_length_exceeded", message=message
+        name.partition("[")[0],
+        num_tokens,
+        f"at most {card.max_context}",
+        code="context_length_exceeded",
+        message=message,
     )
 
 

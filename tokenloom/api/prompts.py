@@ -97,7 +97,7 @@ async def _named(param: str, work: Awaitable[T]) -> T:
         raise InvalidParameter(param, error.value, error.limit, code=error.code) from None
 
 
-def refuse_too_long(tokenizer: Tokenizer, text: str, max_context: int, param: str) -> None:
+def refuse_too_long(tokenizer: Tokenizer, text: str, max_context: int, name: str) -> None:
     """Raise `InvalidParameter`, code context_length_exceeded, for a text that cannot fit, however tokenised.
 
     Tokenising megabytes to refuse them takes seconds. Blanks are not counted, since a special token may take
@@ -112,12 +112,12 @@ def refuse_too_long(tokenizer: Tokenizer, text: str, max_context: int, param: st
     if num_chars > longest * max_context:
         fewest = -(-num_chars // longest)
         raise InvalidParameter(
-            param,
+            name.partition("[")[0],
             fewest,
             f"at most {max_context} tokens",
             code="context_length_exceeded",
             message=f"This model's maximum context length is {max_context} tokens, "
-            f"but {param} has at least {fewest} tokens ({len(text)} characters).",
+            f"but {name} has at least {fewest} tokens ({len(text)} characters).",
         )
 
 
