@@ -10,13 +10,13 @@ import asyncio
 import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from tokenloom.engine.plan import StepRecord
 from tokenloom.engine.request import Request, SequenceDelta
 from tokenloom.errors import EngineDead, InvalidParameter, QueueFull, TokenloomError
 from tokenloom.serving.client import EngineState, ModelCard, StepObserver
-from tokenloom.serving.journal import Journal
+from tokenloom.serving.journal import Journal, JournalEntry
 from tokenloom.serving.messages import (
     MAX_REQUEST_ID_CHARS,
     Add,
@@ -159,9 +159,10 @@ class StreamingClient(ABC):
             self._observers.remove(observer)
             log.exception("a step observer failed and is not called again")
 
-    def _fail_all(self, reason: str) -> None:
-        """End every request in flight with `EngineDead`, saying how far each had come."""
-        for entry in self.journal.drop_all():
+    def _fail_all(self, reason: str, keep: Callable[[JournalEntry], bool] = lambda entry: False) -> None:
+        """End every request in flight with `EngineDead`, saying how far each had come, but those that `keep`
+        is true of."""
+        for entry in self.journal.drop_all(keep):
             stream = self._streams.get(entry.request.request_id)
             if stream is not None:
                 stream.put_nowait(EngineDead(f"{reason}; this request had got {entry.num_tokens} tokens"))
