@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
@@ -12,13 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.serving.helpers import BOS, POISON, VOCAB, collect, request, simulated_parts
+from tests.serving.helpers import BOS, POISON, VOCAB, collect, request, simulated_parts, write_tiny_model
 from tests.serving.test_supervisor import serving
 from tokenloom import LLM, SamplingParams
 from tokenloom.config import make_config
 from tokenloom.engine.pooling import vector_of
 from tokenloom.engine.request import Pooling, Request, SequenceDelta
-from tokenloom.errors import ContextLengthExceeded, EngineDead, InvalidParameter, TokenloomError
+from tokenloom.errors import (
+    ContextLengthExceeded,
+    EngineDead,
+    InvalidParameter,
+    ModelError,
+    TokenloomError,
+    UnsupportedFeature,
+)
 from tokenloom.serving.journal import Journal
 from tokenloom.serving.requests import SeedSource, embedding_request
 
@@ -103,10 +111,28 @@ def test_what_cannot_be_embedded_is_refused_before_anything_runs(llm: LLM) -> No
     for bad in ("", [[]], [[VOCAB]], [[-1]]):
         with pytest.raises(InvalidParameter):
             llm.embed(bad)
+    with pytest.raises(UnsupportedFeature, match="dimensions"):
+        llm.embed("a", dimensions=8)
     with pytest.raises(InvalidParameter, match="pooling"):
         llm.embed("a", pooling="max")  # type: ignore[arg-type]
     with pytest.raises(InvalidParameter, match="pooling_type"):
         make_config({"pooling_type": "max"}, env={})
+
+
+def test_a_matryoshka_model_says_so_in_its_configuration(tmp_path: Path) -> None:
+    directory = write_tiny_model(tmp_path / "cut")
+    file = directory / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"matryoshka_dimensions": [16, 8]}))
+    with LLM(str(directory), num_pages=32) as llm:
+        [whole, short] = (llm.embed("abc", normalize=False, dimensions=d)[0].outputs for d in (None, 8))
+        assert short.embedding == whole.embedding[:8]
+        with pytest.raises(InvalidParameter, match="one of 8, 16"):
+            llm.embed("abc", dimensions=9)
+    for broken in ([0], [33], "8", [True]):
+        file.write_text(json.dumps(config | {"matryoshka_dimensions": broken}))
+        with pytest.raises(ModelError, match="matryoshka_dimensions"):
+            LLM(str(directory))
 
 
 def test_embeddings_take_no_seeds_from_others() -> None:

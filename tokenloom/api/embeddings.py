@@ -17,7 +17,6 @@ from starlette.types import Receive, Scope, Send
 
 from tokenloom.api.body import read_struct
 from tokenloom.api.context import ApiContext, context_of
-from tokenloom.api.errors import unsupported
 from tokenloom.api.generation import closing
 from tokenloom.api.prompts import encode_prompts, prompt_names
 from tokenloom.api.responses import EmbeddingItem, EmbeddingList, EmbeddingUsage, PromptTokensDetails
@@ -27,7 +26,7 @@ from tokenloom.engine.request import Request, SequenceDelta
 from tokenloom.errors import InvalidParameter, TokenloomError
 from tokenloom.serving.client import ModelCard
 from tokenloom.serving.outputs import finished_vector
-from tokenloom.serving.requests import embedding_request, num_kept
+from tokenloom.serving.requests import check_dimensions, embedding_request, num_kept
 
 log = logging.getLogger("tokenloom.requests")
 
@@ -38,8 +37,7 @@ async def embeddings(request: HttpRequest) -> Response:
     context.ready_card()
     fields = await read_struct(request, EmbeddingRequest, context.max_body_bytes)
     card = context.card_for(fields.model)
-    if fields.dimensions is not None:
-        raise unsupported("dimensions", "the models served here are not trained to have their vectors cut")
+    check_dimensions(fields.dimensions, card)
     context.check_priority(fields.priority)
     encoded, _ = await encode_prompts(
         context.client.tokenizer,
@@ -149,7 +147,7 @@ class EmbeddingResponse(Response):
         """Write one vector. A whole answer at once may be a hundred megabytes, which would keep others waiting."""
         if delta.embedding is None:
             raise TokenloomError(f"the engine gave no embedding of input {number}")
-        vector = finished_vector(delta.embedding, normalize=self._fields.normalize)
+        vector = finished_vector(delta.embedding, self._fields.normalize, self._fields.dimensions)
         written: list[float] | str = vector.tolist()
         if self._fields.encoding_format == "base64":
             written = base64.b64encode(vector.astype("<f4").tobytes()).decode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import weakref
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -67,7 +67,7 @@ async def encode_prompts(
                 refuse_too_long(tokenizer, text, max_context, name)
             return tokenizer.encode_batch(texts, add_special_tokens)
 
-        encoded = await _named(param, off_loop(sum(map(len, texts)), check_and_encode))
+        encoded = await off_loop(sum(map(len, texts)), check_and_encode)
     else:
         encoded = [ids[:keep] for ids in token_lists]
         for name, ids in zip(names, token_lists, strict=True):
@@ -85,16 +85,6 @@ async def encode_prompts(
 def prompt_names(param: str, count: int) -> list[str]:
     """What to call each prompt in a message to the client."""
     return [param] if count == 1 else [f"{param}[{number}]" for number in range(count)]
-
-
-async def _named(param: str, work: Awaitable[T]) -> T:
-    """The result of `work`, which calls the field "prompt" in its errors, with errors that call it `param`."""
-    try:
-        return await work
-    except InvalidParameter as error:
-        if error.param != "prompt" or param == "prompt":
-            raise
-        raise InvalidParameter(param, error.value, error.limit, code=error.code) from None
 
 
 def refuse_too_long(tokenizer: Tokenizer, text: str, max_context: int, name: str) -> None:

@@ -118,7 +118,9 @@ class EmbeddingRequest(Struct, kw_only=True):
     encoding_format: Annotated[
         Literal["float", "base64"], Meta(description="base64: the bytes of little-endian float32.")
     ] = "float"
-    dimensions: int | None = None
+    dimensions: Annotated[
+        int | None, Meta(description="Cut the vectors; for models that were trained for it only.")
+    ] = None
     pooling: Annotated[
         Literal["mean", "last"] | None, Meta(description="The server's --pooling-type where none is given.")
     ] = None

@@ -21,7 +21,7 @@ from tokenloom.serving.assembly import EngineParts, build_engine
 from tokenloom.serving.client import ModelCard
 from tokenloom.serving.outputs import Collected, EmbeddingRequestOutput, RequestOutput
 from tokenloom.serving.progress import ConsoleLoad, RequestBar
-from tokenloom.serving.requests import embedding_request, make_request, num_kept
+from tokenloom.serving.requests import check_dimensions, embedding_request, make_request, num_kept
 from tokenloom.serving.threads import set_blas_threads
 from tokenloom.text.tokenizer import Tokenizer
 
@@ -148,6 +148,7 @@ class LLM:
         *,
         pooling: Pooling | None = None,
         normalize: bool = True,
+        dimensions: int | None = None,
         truncate_prompt_tokens: int | None = None,
         add_special_tokens: bool = True,
         progress: bool | None = None,
@@ -156,10 +157,12 @@ class LLM:
         """The hidden state of each prompt as one vector; the results are in the order of the prompts.
 
         `pooling` is "last" (the last token's state) or "mean" (over all tokens), None for the option
-        `pooling_type`; `normalize` makes the Euclidean length 1. `truncate_prompt_tokens` keeps the beginning
-        of each prompt, -1 as much as the model takes; without it a prompt that is too long raises
-        `ContextLengthExceeded`. Otherwise as `generate`.
+        `pooling_type`; `normalize` makes the Euclidean length 1. `dimensions` cuts the vectors of a model that
+        was trained for it. `truncate_prompt_tokens` keeps the beginning of each prompt, -1 as much as the
+        model takes; without it a prompt that is too long raises `ContextLengthExceeded`. Otherwise as
+        `generate`.
         """
+        check_dimensions(dimensions, self.card)
         if pooling is None:
             pooling = self.config.model.pooling_type
         keep = num_kept(truncate_prompt_tokens, self.card)
@@ -172,7 +175,7 @@ class LLM:
             for prompt in tokenized
         ]
         collected = self._serve(requests, progress if use_tqdm else False)
-        return [entry.embedding(normalize=normalize) for entry in collected]
+        return [entry.embedding(normalize=normalize, dimensions=dimensions) for entry in collected]
 
     def _tokenize(
         self, prompts: Sequence[Prompt], add_special_tokens: bool, keep: int | None = None

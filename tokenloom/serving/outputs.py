@@ -136,7 +136,7 @@ class Collected:
             num_cached_tokens=max((end.num_cached_tokens for end in ends), default=0),
         )
 
-    def embedding(self, *, normalize: bool) -> EmbeddingRequestOutput:
+    def embedding(self, *, normalize: bool, dimensions: int | None) -> EmbeddingRequestOutput:
         """The finished request of a prompt whose embedding was asked for.
 
         Raises `TokenloomError` where the model gave no finite numbers.
@@ -148,7 +148,7 @@ class Collected:
             request_id=self.request.request_id,
             prompt=self.prompt,
             prompt_token_ids=list(self.request.prompt_token_ids),
-            outputs=EmbeddingOutput(finished_vector(end.embedding, normalize=normalize).tolist()),
+            outputs=EmbeddingOutput(finished_vector(end.embedding, normalize, dimensions).tolist()),
             finished=True,
             metrics=end.timings,
             num_cached_tokens=end.num_cached_tokens,
@@ -180,12 +180,13 @@ class Collected:
         )
 
 
-def finished_vector(embedding: bytes, *, normalize: bool) -> NDArray[np.float32]:
-    """float32 [W] of a delta's `embedding`; with `normalize` its Euclidean length is 1.
+def finished_vector(embedding: bytes, normalize: bool, dimensions: int | None) -> NDArray[np.float32]:
+    """float32 [W] of a delta's `embedding`, or its first `dimensions` numbers; with `normalize` the Euclidean
+    length is 1.
 
     Raises `TokenloomError` for numbers that are not finite, which have no form in JSON and no direction.
     """
-    vector = vector_of(embedding)
+    vector = vector_of(embedding)[:dimensions]
     if not np.isfinite(vector).all():
         raise TokenloomError("the model's hidden state is not finite: this prompt has no embedding")
     return normalized(vector) if normalize else vector

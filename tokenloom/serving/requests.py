@@ -8,7 +8,7 @@ from typing import Final
 
 from tokenloom.engine.request import Pooling, Request
 from tokenloom.engine.sampling_params import SamplingParams
-from tokenloom.errors import InvalidParameter
+from tokenloom.errors import InvalidParameter, UnsupportedFeature
 from tokenloom.serving.client import ModelCard
 from tokenloom.text.tokenizer import Tokenizer
 
@@ -78,6 +78,21 @@ def num_kept(truncate_prompt_tokens: int | None, card: ModelCard) -> int | None:
         limit = f"-1, or from 1 to {card.max_context}, the longest that the model takes"
         raise InvalidParameter("truncate_prompt_tokens", count, limit)
     return card.max_context if count == -1 else count
+
+
+def check_dimensions(dimensions: int | None, card: ModelCard) -> None:
+    """Raise `UnsupportedFeature` or `InvalidParameter` unless embeddings may be cut to that length."""
+    if dimensions is None:
+        return
+    if card.matryoshka is None:
+        detail = "this model's config.json has no is_matryoshka or matryoshka_dimensions; cut, its embeddings are poor"
+        raise UnsupportedFeature("dimensions", detail)
+    allowed = card.matryoshka or range(1, card.hidden_size + 1)
+    if type(dimensions) is not int or dimensions not in allowed:
+        limit = f"an integer from 1 to {card.hidden_size}"
+        if card.matryoshka:
+            limit = "one of " + ", ".join(map(str, card.matryoshka))
+        raise InvalidParameter("dimensions", dimensions, limit)
 
 
 def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> Iterator[tuple[int, ...]]:
