@@ -335,6 +335,7 @@ def test_a_hidden_state_that_is_not_finite_is_an_error(
     )
     response = server.post(PATH, {"input": ["x", "y"]})
     assert response.status_code == 500
+    assert "input 0: " in response.json()["error"]["message"]
     assert "not finite" in response.json()["error"]["message"]
     wait_until(server.is_idle)
 

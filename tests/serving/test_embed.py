@@ -216,7 +216,15 @@ async def test_embeddings_outlive_the_engine(tokenizer_directory: Path) -> None:
         os.kill(client.process_id, signal.SIGKILL)
         with pytest.raises(EngineDead, match="SIGKILL"):
             await collect(generating)
-        unfinished = [task for task in tasks if not task.done()]
+        assert client.state == "restarting"
+        with pytest.raises(EngineDead, match="restarting"):
+            await collect(client.generate(request("meanwhile")))
+        # What comes now waits for the next engine.
+        wanted.append(embedding("late", [3, 4, 5]))
+        tasks.append(asyncio.create_task(vector(client.generate(wanted[-1]))))
+        await asyncio.sleep(0)
+        assert client.num_in_flight == len([task for task in tasks if not task.done()])
+        unfinished = [task for task in tasks[:-1] if not task.done()]
         assert unfinished
         leaver = unfinished.pop()
         leaver.cancel()

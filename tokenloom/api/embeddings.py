@@ -147,7 +147,10 @@ class EmbeddingResponse(Response):
         """Write one vector. A whole answer at once may be a hundred megabytes, which would keep others waiting."""
         if delta.embedding is None:
             raise TokenloomError(f"the engine gave no embedding of input {number}")
-        vector = finished_vector(delta.embedding, self._fields.normalize, self._fields.dimensions)
+        try:
+            vector = finished_vector(delta.embedding, self._fields.normalize, self._fields.dimensions)
+        except TokenloomError as error:
+            raise TokenloomError(f"input {number}: {error}") from None
         written: list[float] | str = vector.tolist()
         if self._fields.encoding_format == "base64":
             written = base64.b64encode(vector.astype("<f4").tobytes()).decode()

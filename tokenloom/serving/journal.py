@@ -42,9 +42,10 @@ class Journal:
     def __iter__(self) -> Iterator[JournalEntry]:
         return iter(self._entries.values())
 
-    def open(self, request: Request) -> None:
+    def open(self, request: Request, num_attempts: int = 1) -> None:
         """Record an accepted request. Its id must not be in flight."""
-        self._entries[request.request_id] = JournalEntry(request, [[] for _ in range(request.params.n)])
+        tokens: list[list[int]] = [[] for _ in range(request.params.n)]
+        self._entries[request.request_id] = JournalEntry(request, tokens, num_attempts)
 
     def append(self, delta: SequenceDelta) -> None:
         """Record committed tokens; the last delta drops the entry. Unknown requests are ignored."""
