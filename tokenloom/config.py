@@ -59,6 +59,9 @@ class ModelOptions:
     weight_cache: str = knob(
         "", "Directory that keeps packed weights, for a faster next start; empty for none."
     )
+    pooling_type: Literal["last", "mean"] = knob(
+        "last", "What an embedding is made of: the last token's hidden state, or the mean over all tokens."
+    )
     max_context: int = knob(
         0, "Longest prompt plus output in tokens; 0 for what the model allows.", **_at_least(0)
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "sanitize"
 MODULE = "tokenloom.kernels.native._native"
-TESTS = ["tests/kernels/native", "tests/kernels/test_invariance.py"]
+TESTS = ["tests/kernels/native", "tests/kernels/test_invariance.py", "tests/kernels/test_hidden_rows.py"]
 # Tests of what happens without memory set limits that a sanitizer's own tables exceed.
 LEFT_OUT = "not finds_no_memory and not cannot_be_started"
 

@@ -192,15 +192,20 @@ void fill(Entries& entries, const EntryArrays& a, const std::vector<Edit>& edits
 }
 
 void step(Model& model, const BatchArrays& arrays, const EntryArrays& entry_arrays, const std::vector<Edit>& edits,
-          Results results) {
+          Results results, const Array<int32_t>& hidden_rows, Out<float> hidden) {
     Batch batch = view(arrays);
     if (arrays.page_copies.ndim() != 2 || (arrays.page_copies.shape(0) && arrays.page_copies.shape(1) != 2))
         refuse("page_copies must be [C, 2]");
+    if (hidden_rows.ndim() != 1 || hidden.ndim() != 2 || hidden.shape(0) != hidden_rows.shape(0) ||
+        static_cast<int64_t>(hidden.shape(1)) != model.hidden_width())
+        refuse("hidden must be [hidden_rows, width of what the head reads]");
+    const HiddenRows wanted{static_cast<int64_t>(hidden_rows.shape(0)), hidden_rows.data(), hidden.data()};
     Entries entries;
     fill(entries, entry_arrays, edits, results, model.vocab());
     {
         nb::gil_scoped_release release;
-        model.step(batch, arrays.page_copies.data(), static_cast<int64_t>(arrays.page_copies.shape(0)), entries);
+        model.step(batch, arrays.page_copies.data(), static_cast<int64_t>(arrays.page_copies.shape(0)), entries,
+                   wanted);
     }
     for (int64_t i = 0; i < entries.count; ++i) {
         const SampleResult& result = entries.results[static_cast<size_t>(i)];
@@ -309,7 +314,8 @@ void bind_model(nb::module_& m) {
              nb::arg("epilogue"))
         .def("head", &Model::set_head, nb::arg("source"), nb::arg("weight"), nb::arg("softcap"), nb::arg("divisor"))
         .def("finish", &Model::finish)
-        .def("step", &step, nb::arg("batch"), nb::arg("entries"), nb::arg("edits"), nb::arg("results"))
+        .def("step", &step, nb::arg("batch"), nb::arg("entries"), nb::arg("edits"), nb::arg("results"),
+             exactly("hidden_rows"), exactly("hidden"))
         .def("logits",
              [](Model& self, Array<int32_t> rows, Out<float> out) {
                  if (rows.ndim() != 1 || out.ndim() != 2 || out.shape(0) != rows.shape(0) ||

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <iterator>
 #include <numeric>
 
 #include "refuse.hpp"
@@ -51,7 +52,8 @@ Model::Model(std::shared_ptr<ThreadPool> pool, Isa isa, Dtype activations)
 
 // --- one step -------------------------------------------------------------------------------------------
 
-void Model::check(const Batch& b, const int32_t* copies, int64_t num_copies, const Entries& entries) const {
+void Model::check(const Batch& b, const int32_t* copies, int64_t num_copies, const Entries& entries,
+                  const HiddenRows& hidden) const {
     if (b.rows < 1 || b.segments < 1 || b.starts[0] != 0 || b.starts[b.segments] != b.rows)
         refuse("starts do not cover the rows");
     for (int64_t s = 0; s < b.segments; ++s)
@@ -66,6 +68,9 @@ void Model::check(const Batch& b, const int32_t* copies, int64_t num_copies, con
     within("page_tables", b.page_tables, b.segments * b.table_width, 0, pages);
     within("page_copies", copies, num_copies * 2, 0, pages);
     within("logit_rows.rows", entries.rows, entries.count, 0, b.rows);
+    within("hidden_rows", hidden.rows, hidden.count, 0, b.rows);
+    for (int64_t i = 1; i < hidden.count; ++i)
+        if (hidden.rows[i] <= hidden.rows[i - 1]) refuse("hidden_rows do not rise");
     for (int64_t i = 0; i < b.rows; ++i) {
         if (b.slots[i] < -1 || b.slots[i] >= pages * kPageSize)
             refuse("slots has the value " + number(b.slots[i]) + ", outside [-1, " + number(pages * kPageSize) + ")");
@@ -113,7 +118,7 @@ void Model::reserve(int64_t rows) {
     capacity_ = capacity;
 }
 
-void Model::plan(const Batch& batch) {
+void Model::plan(const Batch& batch, const HiddenRows& hidden) {
     int64_t bytes = 0;
     auto build = [&](AttentionPlan& plan, const Batch& rows, size_t shape) {
         plan.build(rows, *kv_, plan_shapes_[shape], threads_->size());
@@ -124,7 +129,10 @@ void Model::plan(const Batch& batch) {
     // The batch is legal. From here on the last step's activations are forgotten, until this one has begun.
     num_rows_ = 0;
     make_tiles();
-    if (tail_begin_ < ops_.size()) tail_.choose(batch, logit_rows_);
+    wanted_rows_.clear();
+    std::set_union(logit_rows_.begin(), logit_rows_.end(), hidden.rows, hidden.rows + hidden.count,
+                   std::back_inserter(wanted_rows_));
+    if (tail_begin_ < ops_.size()) tail_.choose(batch, wanted_rows_);
     if (tail_.cut())
         for (size_t i = tail_begin_; i < ops_.size(); ++i)
             if (const AttentionOp* op = std::get_if<AttentionOp>(&ops_[i])) {
@@ -155,13 +163,14 @@ void Model::make_tiles() {
     grow(logits_, most * ((vocab() + 63) / 64 * 64) * 4 + kAlign);
 }
 
-void Model::step(const Batch& batch, const int32_t* copies, int64_t num_copies, Entries& entries) {
+void Model::step(const Batch& batch, const int32_t* copies, int64_t num_copies, Entries& entries,
+                 const HiddenRows& hidden) {
     if (!finished_) refuse("the model is not finished");
-    check(batch, copies, num_copies, entries);
+    check(batch, copies, num_copies, entries, hidden);
     double start = profiling_ ? seconds_now() : 0;
     batch_ = &batch;
     entries_ = &entries;
-    plan(batch);
+    plan(batch, hidden);
     reserve(batch.rows);
     size_t tiles = (logit_rows_.size() + kTileRows - 1) / kTileRows;
     // At most two phases an op (experts: five), four a tile, and one to drop rows.
@@ -176,6 +185,7 @@ void Model::step(const Batch& batch, const int32_t* copies, int64_t num_copies, 
     if (profiling_) op_seconds_[ops_.size() + 1] += seconds_now() - start;
     threads_->run([this](int thread) noexcept { walk(thread); });
     if (profiling_) add_seconds();
+    copy_hidden(hidden);
     entries_ = nullptr;
     batch_ = nullptr;
 }
@@ -497,6 +507,14 @@ void Model::run_head(int thread) {
         multiply(*head_.weight, call, thread);
         phase(thread, rows, kOneByOne, [&](int64_t begin, int64_t end) { sample_rows(begin, end, tile, thread); });
     }
+}
+
+void Model::copy_hidden(const HiddenRows& hidden) {
+    Activation& source = buffer(head_.source);
+    const TableDtype dtype = source.dtype == Dtype::bf16 ? TableDtype::bf16 : TableDtype::f32;
+    for (int64_t i = 0; i < hidden.count; ++i)
+        rows_.widen(source.memory.data() + place(hidden.rows[i]) * source.row_bytes(), dtype, source.width, false,
+                    hidden.out + i * source.width);
 }
 
 void Model::sample_rows(int64_t begin, int64_t end, int64_t tile, int thread) {

@@ -115,6 +115,13 @@ struct Entries {
     std::vector<SampleResult> results;
 };
 
+// Rows of a step (distinct, rising) of which what the head reads is wanted, and not the logits.
+struct HiddenRows {
+    int64_t count = 0;
+    const int32_t* rows = nullptr;
+    float* out = nullptr;  // [count, width of what the head reads]
+};
+
 class Model {
   public:
     // `activations` is the type of "activation" buffers.
@@ -146,11 +153,12 @@ class Model {
 
     // --- running ---
     // Throws std::invalid_argument for a batch that names what does not exist, before anything is written.
-    void step(const Batch& batch, const int32_t* copies, int64_t num_copies, Entries& entries);
+    void step(const Batch& batch, const int32_t* copies, int64_t num_copies, Entries& entries, const HiddenRows& hidden);
     // fp32 logits of the rows of the last step that `rows` names, [count, vocab] (tests and reports).
     void logits(const int32_t* rows, int64_t count, float* out);
 
     int64_t vocab() const { return head_.weight ? head_.weight->matrix.n : 0; }
+    int64_t hidden_width() const { return head_.weight ? head_.weight->matrix.k : 0; }
     int64_t num_ops() const { return static_cast<int64_t>(ops_.size()); }
     void set_profiling(bool on) { profiling_ = on; }
     const std::vector<double>& op_seconds() const { return op_seconds_; }
@@ -165,13 +173,15 @@ class Model {
     };
 
     Activation& buffer(int index) { return buffers_[static_cast<size_t>(index)]; }
-    void check(const Batch& batch, const int32_t* copies, int64_t num_copies, const Entries& entries) const;
+    void check(const Batch& batch, const int32_t* copies, int64_t num_copies, const Entries& entries,
+               const HiddenRows& hidden) const;
     void reserve(int64_t rows);
     void find_tail();
-    void plan(const Batch& batch);
+    void plan(const Batch& batch, const HiddenRows& hidden);
     void walk(int thread);
     void add_seconds();
     void run_head(int thread);
+    void copy_hidden(const HiddenRows& hidden);
     void sample_rows(int64_t begin, int64_t end, int64_t tile, int thread);
     void make_tiles();
 
@@ -226,7 +236,7 @@ class Model {
     // The step in flight.
     const Batch* batch_ = nullptr;
     Entries* entries_ = nullptr;
-    std::vector<int32_t> logit_rows_;              // distinct rows, rising
+    std::vector<int32_t> logit_rows_, wanted_rows_;  // distinct rows, rising; those with logits, or hidden as well
     Tail tail_;                                    // outlives the step
     std::vector<int64_t> entry_order_, row_starts_;  // entries of logit row i: entry_order_[row_starts_[i]...]
     ExpertSegments segments_;

@@ -4,24 +4,24 @@
 
 namespace tokenloom {
 
-void Tail::choose(const Batch& batch, const std::vector<int32_t>& logit_rows) {
+void Tail::choose(const Batch& batch, const std::vector<int32_t>& wanted_rows) {
     cut_ = false;
-    if (static_cast<int64_t>(logit_rows.size()) == batch.rows) return;
+    if (static_cast<int64_t>(wanted_rows.size()) == batch.rows) return;
     rows_.clear();
     logical_.clear();
     parents_.clear();
     slots_.clear();
     page_tables_.clear();
     starts_.assign(1, 0);
-    auto wanted = logit_rows.begin();
+    auto wanted = wanted_rows.begin();
     for (int64_t s = 0; s < batch.segments; ++s) {
         const int32_t begin = batch.starts[s], end = batch.starts[s + 1];
         const bool tree = std::any_of(batch.parents + begin, batch.parents + end, [](int32_t p) { return p >= 0; });
         const int32_t shift = begin - static_cast<int32_t>(rows_.size());  // of a tree, which stays together
         for (int32_t row = begin; row < end; ++row) {
-            const bool has_logits = wanted != logit_rows.end() && *wanted == row;
-            if (has_logits) ++wanted;
-            if (!has_logits && !tree) continue;
+            const bool is_wanted = wanted != wanted_rows.end() && *wanted == row;
+            if (is_wanted) ++wanted;
+            if (!is_wanted && !tree) continue;
             rows_.push_back(row);
             logical_.push_back(batch.logical[row]);
             parents_.push_back(batch.parents[row] >= 0 ? batch.parents[row] - shift : -1);

@@ -1,5 +1,5 @@
-// The last part of a step. What follows the last store of keys and values matters only where logits are wanted:
-// the rows of a prompt that is read in need no attention and no MLP in the last layer.
+// The last part of a step. What follows the last store of keys and values matters only where logits or final rows
+// are wanted: the rows of a prompt that is read in need no attention and no MLP in the last layer.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@ namespace tokenloom {
 
 class Tail {
   public:
-    // Keeps the rows with logits (distinct, rising), and trees whole. Holds copies, so that it outlives `batch`.
-    void choose(const Batch& batch, const std::vector<int32_t>& logit_rows);
+    // Keeps the rows that are wanted (distinct, rising), and trees whole. Holds copies, so that it outlives `batch`.
+    void choose(const Batch& batch, const std::vector<int32_t>& wanted_rows);
 
     // Whether rows are dropped; if not, the rest means nothing.
     bool cut() const { return cut_; }

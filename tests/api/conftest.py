@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.api.helpers import Server, serve, write_tokenizer
+from tests.serving.helpers import write_tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +22,9 @@ def server(tokenizer_directory: Path) -> Iterator[Server]:
     """A server without a key, for tests that do not disturb each other."""
     with serve(tokenizer_directory) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a random Llama with a tokenizer of single bytes."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")

@@ -24,7 +24,9 @@ from tokenloom.engine.batch import StepResult, Ticket, TokenBatch, TopLogprobs
 from tokenloom.engine.engine import Engine, EngineLimits
 from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
 from tokenloom.runtime.simulated import CostModel, SimulatedExecutor
+from tokenloom.serving.assembly import build_engine
 from tokenloom.serving.client import EngineClient, ModelCard
+from tokenloom.serving.load_listener import SilentLoad
 from tokenloom.serving.local_client import ThreadEngineClient
 from tokenloom.text.output_text import make_stop_checker
 from tokenloom.text.tokenizer import Tokenizer
@@ -213,6 +215,16 @@ def serve(directory: Path, *, api_key: str = "", max_body_mb: int = 1, **options
     """A running server with a scripted engine."""
     config = make_config({"api_key": api_key, "max_body_mb": max_body_mb}, env={})
     with Server(scripted_client(directory, **options), config) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def serve_model(directory: Path, **options: Any) -> Iterator[Server]:
+    """A running server with the model in `directory`, on an engine that checks itself."""
+    config = make_config({"model": str(directory), "debug": True, **options}, env={})
+    parts = build_engine(config, SilentLoad())
+    client = ThreadEngineClient(parts.engine, parts.tokenizer, parts.card, seeds=parts.seeds)
+    with Server(client, config) as server:
         yield server
 
 

@@ -63,7 +63,8 @@ class ShadowExecutor:
             for i in np.flatnonzero(rows.num_logprobs >= 0)
         }
         logprobs = np.array([int(prints[r]) % 9973 for r in rows.rows.tolist()], np.float32)
-        return StepResult(np.array(tokens, np.int32), logprobs, top)
+        hidden = np.stack([prints % 9973, prints % 9967], axis=1)[batch.hidden_rows].astype(np.float32)
+        return StepResult(np.array(tokens, np.int32), logprobs, top, hidden=hidden)
 
     def close(self) -> None:
         """Nothing to release."""

@@ -39,13 +39,18 @@ def shadow_engine(num_pages: int, **options: Any) -> Engine:
     return Engine(ShadowExecutor(clock, slots, VOCAB), limits, budget=budget, order=order, clock=clock)
 
 
-def output_alone(spec: dict[str, Any]) -> dict[int, list[tuple[list[int], Any]]]:
+Output = tuple[list[int], Any, bytes | None]
+
+
+def output_alone(spec: dict[str, Any]) -> dict[int, list[Output]]:
     engine = shadow_engine(64, max_running=16, prefix_cache=False)
     engine.add_request(request(**spec))
-    outputs: dict[int, list[tuple[list[int], Any]]] = {}
+    outputs: dict[int, list[Output]] = {}
     while engine.has_work:
         for delta in engine.step():
-            outputs.setdefault(delta.sample, []).append((delta.token_ids, delta.finish_reason))
+            outputs.setdefault(delta.sample, []).append(
+                (delta.token_ids, delta.finish_reason, delta.embedding)
+            )
     return outputs
 
 
@@ -80,7 +85,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             order=QueueOrder(policy, age_bound=1.0),
         )
         self.specs: dict[str, dict[str, Any]] = {}
-        self.outputs: dict[str, dict[int, list[tuple[list[int], Any]]]] = {}
+        self.outputs: dict[str, dict[int, list[Output]]] = {}
         self.deadlines: dict[str, float] = {}
         self.ended: set[str] = set()
         self.work_ahead = 0
@@ -95,10 +100,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         tenant=st.sampled_from(["", "t"]),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
         ignore_eos=st.booleans(),
+        pooling=st.sampled_from([None, None, None, "mean", "last"]),
     )
     def arrive(self, family: int, length: int, tail: int, **options: Any) -> None:
         name = f"r{len(self.specs)}"
         prompt = [(family + j * j) % VOCAB for j in range(length)] + [tail] * (tail % 2)
+        if options["pooling"] is not None:
+            options |= {"max_tokens": 0, "n": 1, "prompt_logprobs": None}
         spec = {"name": name, "prompt": prompt, "seed": len(self.specs), **options}
         self.engine.add_request(request(**spec))
         self.specs[name] = spec
@@ -138,7 +146,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert delta.request_id in self.outputs, "output of a request that is not live"
             samples = self.outputs[delta.request_id].setdefault(delta.sample, [])
             assert not samples or samples[-1][1] is None, "output after the end"
-            samples.append((delta.token_ids, delta.finish_reason))
+            samples.append((delta.token_ids, delta.finish_reason, delta.embedding))
             if delta.last:
                 self.ended.add(delta.request_id)
                 assert engine.clock.now() <= self.deadlines[delta.request_id], "starved"

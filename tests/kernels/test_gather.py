@@ -63,7 +63,7 @@ def gathered(program: Program) -> Program:
         buffers=(*program.buffers, *buffers.values()),
         weights=(*weights, *orders.values()),
     )
-    result.check()
+    check_program(result)
     return result
 
 

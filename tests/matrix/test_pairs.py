@@ -17,8 +17,9 @@ from tests.kernels.harness import NATIVE, Numerics, each_numerics
 from tests.matrix.workload import CONFIG, Outputs, Setup, base_requests, serve
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.policies.queue_order import QueueOrder
-from tokenloom.engine.request import Request
+from tokenloom.engine.request import Pooling, Request
 from tokenloom.engine.sampling_params import SamplingParams
+from tokenloom.serving.requests import EMBEDDING_PARAMS
 
 
 def cancels(engine: Engine, step: int) -> None:
@@ -80,6 +81,8 @@ PARAMS: dict[str, dict[str, Any]] = {
     "prompt_logprobs": {"prompt_logprobs": 2},
     "many_logprobs": {"logprobs": 20},
 }
+POOLINGS: dict[str, Pooling] = {"mean": "mean", "last": "last"}
+"""Two of the requests become embeddings, and keep none of the parameters."""
 BAD_WORDS = ((11,), (20, 30), (33, 34, 35))
 
 
@@ -95,10 +98,13 @@ def changed(requests: list[Request], *names: str) -> list[Request]:
         bad_words = BAD_WORDS if "bad_words" in names else ()
         tenant = request.request_id[-1] if "tenants" in names else ""
         out.append(replace(request, params=params, bad_word_ids=bad_words, tenant=tenant))
+    for name in sorted(POOLINGS.keys() & set(names)):
+        for i in (0, 3) if name == "mean" else (1, 2):
+            out[i] = replace(out[i], params=EMBEDDING_PARAMS, pooling=POOLINGS[name])
     return out
 
 
-FEATURES = [*SETUPS, *PARAMS, "bad_words", "tenants"]
+FEATURES = [*SETUPS, *PARAMS, *POOLINGS, "bad_words", "tenants"]
 _plain: dict[Any, Outputs] = {}
 
 
@@ -122,6 +128,6 @@ def test_pair(one: str, two: str, numerics: Numerics) -> None:
         SETUPS[name]["during"] for name in (one, two) if "during" in SETUPS.get(name, {})
     ]
     options["during"] = lambda engine, step: [hook(engine, step) for hook in hooks]
-    names = frozenset({one, two} & ({*PARAMS, "bad_words", "tenants"}))
+    names = frozenset({one, two} & ({*PARAMS, *POOLINGS, "bad_words", "tenants"}))
     outputs = serve(Setup(numerics=numerics, **options), changed(base_requests(seed), one, two))
     assert outputs == plain(names, seed, numerics)

@@ -35,7 +35,7 @@ CONFIG = ModelConfig(
     rope=RopeConfig(rotary_dim=12),
 )
 EOS = 7
-Outputs = dict[tuple[str, int], tuple[list[int], list[TokenLogprobs], Any, Any, Any]]
+Outputs = dict[tuple[str, int], tuple[list[int], list[TokenLogprobs], Any, Any, Any, bytes | None]]
 
 
 def random_weights(seed: int = 0) -> dict[str, np.ndarray]:
@@ -121,7 +121,7 @@ def make_engine(setup: Setup) -> Engine:
 
 
 def serve(setup: Setup, requests: list[Request]) -> Outputs:
-    """Everything each sample got: tokens, logprobs, finish reason, stop, prompt logprobs."""
+    """Everything each sample got: tokens, logprobs, finish reason, stop, prompt logprobs, embedding."""
     engine = make_engine(setup)
     for request in requests:
         engine.add_request(request)
@@ -132,8 +132,8 @@ def serve(setup: Setup, requests: list[Request]) -> Outputs:
         if setup.during is not None:
             setup.during(engine, step)
         for delta in engine.step():
-            tokens, logprobs, _, _, scored = outputs.get(
-                (delta.request_id, delta.sample), ([], [], None, None, None)
+            tokens, logprobs, _, _, scored, _ = outputs.get(
+                (delta.request_id, delta.sample), ([], [], None, None, None, None)
             )
             outputs[delta.request_id, delta.sample] = (
                 tokens + delta.token_ids,
@@ -141,6 +141,7 @@ def serve(setup: Setup, requests: list[Request]) -> Outputs:
                 delta.finish_reason,
                 delta.stop,
                 scored if delta.prompt_logprobs is None else delta.prompt_logprobs,
+                delta.embedding,
             )
     assert not engine.has_work
     assert not engine.scheduler.cache.references

@@ -61,7 +61,7 @@ async def read_struct(request: Request, kind: type[StructT], max_bytes: int) -> 
     """The body as `kind`. Null stands for a field's default; raises `ApiError` 400 naming what is wrong."""
     known = {*kind.__struct_encode_fields__, *REFUSED, "best_of", "n"}
     fields, ignored = parse_object(await read_body(request, max_bytes), known)
-    refuse_unsupported(fields)
+    refuse_unsupported(fields, kind.__struct_encode_fields__)
     _check_names([*fields, *ignored], kind)
     return convert(fields, kind)
 

@@ -11,18 +11,26 @@ from starlette.responses import Response
 from tokenloom.api import models, tokenize
 from tokenloom.api.chat import chat_completions
 from tokenloom.api.completions import completions
+from tokenloom.api.embeddings import embeddings
 from tokenloom.api.responses import (
     ChatChunk,
     ChatCompletion,
     Completion,
     DetokenizeResponse,
+    EmbeddingList,
     Health,
     Model,
     ModelList,
     TokenizeResponse,
     Version,
 )
-from tokenloom.api.schemas import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from tokenloom.api.schemas import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -50,6 +58,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         "POST", "/v1/chat/completions", chat_completions, ChatCompletionRequest, ChatCompletion, ChatChunk
     ),
     Endpoint("POST", "/v1/completions", completions, CompletionRequest, Completion, Completion),
+    Endpoint("POST", "/v1/embeddings", embeddings, EmbeddingRequest, EmbeddingList),
     Endpoint("GET", "/v1/models", models.list_models, None, ModelList),
     Endpoint("GET", "/v1/models/{model:path}", models.get_model, None, Model),
     Endpoint("POST", "/tokenize", tokenize.tokenize, TokenizeRequest, TokenizeResponse),

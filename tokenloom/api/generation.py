@@ -148,7 +148,7 @@ class Generation:
         return self._client.generate(request)
 
     async def _one_prompt(self) -> AsyncGenerator[tuple[int, SequenceDelta], None]:
-        async with _closing(self._submit(0)) as stream:
+        async with closing(self._submit(0)) as stream:
             async for delta in stream:
                 yield 0, delta
 
@@ -158,7 +158,7 @@ class Generation:
 
         async def pump(number: int) -> None:
             try:
-                async with _closing(self._submit(number)) as stream:
+                async with closing(self._submit(number)) as stream:
                     async for delta in stream:
                         queue.put_nowait((number, delta))
                 queue.put_nowait(None)
@@ -274,7 +274,7 @@ class Generation:
 
 
 @contextlib.asynccontextmanager
-async def _closing(
+async def closing(
     stream: AsyncIterator[SequenceDelta],
 ) -> AsyncGenerator[AsyncIterator[SequenceDelta], None]:
     """Close the stream at once when its consumer leaves, which cancels the request."""

@@ -41,42 +41,53 @@ async def off_loop(num_chars: int, work: Callable[[], T]) -> T:
 
 
 async def encode_prompts(
-    tokenizer: Tokenizer, prompt: Any, *, add_special_tokens: bool, vocab_size: int, max_context: int
+    tokenizer: Tokenizer,
+    prompt: Any,
+    *,
+    add_special_tokens: bool,
+    vocab_size: int,
+    max_context: int,
+    param: str = "prompt",
+    keep: int | None = None,
 ) -> tuple[list[list[int]], list[str | None]]:
-    """Token ids of every prompt of a completion request, and its text where it was given as text.
+    """Token ids of every prompt of a request, and its text where it was given as text.
 
-    Raises `InvalidParameter` for what is none of the four forms, for too many prompts or tokens, for token
-    ids outside the vocabulary, and, before it is tokenised, for a text that `max_context` cannot hold.
+    Raises `InvalidParameter` for what is none of the four forms of the field `param`, for too many prompts or
+    tokens, for token ids outside the vocabulary, and, before it is tokenised, for a text that `max_context`
+    cannot hold. With `keep`, only the beginning of each prompt is kept, at most so many tokens.
     """
-    texts, token_lists = _split_forms(prompt)
+    texts, token_lists = _split_forms(prompt, param)
+    names = prompt_names(param, max(len(texts), len(token_lists)))
     if texts:
 
         def check_and_encode() -> list[list[int]]:
-            for text in texts:
-                refuse_too_long(tokenizer, text, max_context, "prompt")
+            if keep is not None:
+                return tokenizer.encode_truncated(texts, keep, add_special_tokens)
+            for name, text in zip(names, texts, strict=True):
+                refuse_too_long(tokenizer, text, max_context, name)
             return tokenizer.encode_batch(texts, add_special_tokens)
 
         encoded = await off_loop(sum(map(len, texts)), check_and_encode)
     else:
-        encoded = token_lists
-        for name, ids in zip(_names(len(encoded)), encoded, strict=True):
+        encoded = [ids[:keep] for ids in token_lists]
+        for name, ids in zip(names, token_lists, strict=True):
             check_token_ids(name, ids, vocab_size)
     total = sum(map(len, encoded))
     if len(encoded) > 1 and total > MAX_TOTAL_TOKENS:
-        raise InvalidParameter(
-            "prompt", f"{total} tokens", f"at most {MAX_TOTAL_TOKENS} tokens over all prompts"
-        )
-    for name, ids in zip(_names(len(encoded)), encoded, strict=True):
+        limit = f"at most {MAX_TOTAL_TOKENS} tokens over all {param}s"
+        raise InvalidParameter(param, f"{total} tokens", limit)
+    for name, ids in zip(names, encoded, strict=True):
         if not ids:
             raise InvalidParameter(name, ids, "at least one token long")
     return encoded, list(texts) if texts else [None] * len(encoded)
 
 
-def _names(count: int) -> list[str]:
-    return ["prompt"] if count == 1 else [f"prompt[{number}]" for number in range(count)]
+def prompt_names(param: str, count: int) -> list[str]:
+    """What to call each prompt in a message to the client."""
+    return [param] if count == 1 else [f"{param}[{number}]" for number in range(count)]
 
 
-def refuse_too_long(tokenizer: Tokenizer, text: str, max_context: int, param: str) -> None:
+def refuse_too_long(tokenizer: Tokenizer, text: str, max_context: int, name: str) -> None:
     """Raise `InvalidParameter`, code context_length_exceeded, for a text that cannot fit, however tokenised.
 
     Tokenising megabytes to refuse them takes seconds. Blanks are not counted, since a special token may take
@@ -91,12 +102,12 @@ def refuse_too_long(tokenizer: Tokenizer, text: str, max_context: int, param: st
     if num_chars > longest * max_context:
         fewest = -(-num_chars // longest)
         raise InvalidParameter(
-            param,
+            name.partition("[")[0],
             fewest,
             f"at most {max_context} tokens",
             code="context_length_exceeded",
             message=f"This model's maximum context length is {max_context} tokens, "
-            f"but {param} has at least {fewest} tokens ({len(text)} characters).",
+            f"but {name} has at least {fewest} tokens ({len(text)} characters).",
         )
 
 
@@ -109,17 +120,17 @@ def _longest_piece(tokenizer: Tokenizer) -> int:
     return longest
 
 
-def _split_forms(prompt: Any) -> tuple[list[str], list[list[int]]]:
+def _split_forms(prompt: Any, param: str) -> tuple[list[str], list[list[int]]]:
     """Texts, or else lists of token ids."""
     if isinstance(prompt, str):
         return [prompt], []
     if not isinstance(prompt, list):
-        raise InvalidParameter("prompt", prompt, _FORMS)
+        raise InvalidParameter(param, prompt, _FORMS)
     if not prompt:
-        raise InvalidParameter("prompt", prompt, "at least one prompt")
+        raise InvalidParameter(param, prompt, f"at least one {param}")
     if isinstance(prompt[0], str | list) and len(prompt) > MAX_PROMPTS:
-        limit = f"at most {MAX_PROMPTS} prompts in one request"
-        raise InvalidParameter("prompt", f"{len(prompt)} prompts", limit)
+        limit = f"at most {MAX_PROMPTS} {param}s in one request"
+        raise InvalidParameter(param, f"{len(prompt)} {param}s", limit)
     kind: Any
     match prompt[0]:
         case str():
@@ -132,7 +143,7 @@ def _split_forms(prompt: Any) -> tuple[list[str], list[list[int]]]:
         checked = msgspec.convert(prompt, kind)
     except msgspec.ValidationError as error:
         place = re.search(r"\$(\S*)`$", str(error))
-        name = "prompt" + (place.group(1) if place else "")
+        name = param + (place.group(1) if place else "")
         raise InvalidParameter(name, f"a list with other things: {prompt[:4]}", _FORMS) from None
     if kind == list[str]:
         return checked, []

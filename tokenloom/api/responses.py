@@ -154,6 +154,31 @@ class Completion(Struct, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
 
 
+class EmbeddingItem(Struct, kw_only=True):
+    """The embedding of one input: numbers, or the base64 of their bytes as little-endian float32."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(Struct, kw_only=True):
+    """Tokens over all inputs; nothing is generated."""
+
+    prompt_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class EmbeddingList(Struct, kw_only=True):
+    """POST /v1/embeddings: one item per input, in their order."""
+
+    object: Literal["list"] = "list"
+    data: list[EmbeddingItem]
+    model: str
+    usage: EmbeddingUsage
+
+
 class Model(Struct, kw_only=True):
     """A served model."""
 

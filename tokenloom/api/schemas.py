@@ -6,7 +6,7 @@ only fix the JSON types.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
@@ -108,6 +108,30 @@ class CompletionRequest(SamplingFields, kw_only=True):
     max_tokens: Annotated[int | None, Meta(description="16 where none is given.")] = None
     logprobs: int | None = None
     add_special_tokens: bool = True
+
+
+class EmbeddingRequest(Struct, kw_only=True):
+    """POST /v1/embeddings."""
+
+    model: str = ""
+    input: PromptField
+    encoding_format: Annotated[
+        Literal["float", "base64"], Meta(description="base64: the bytes of little-endian float32.")
+    ] = "float"
+    dimensions: Annotated[
+        int | None, Meta(description="Cut the vectors; for models that were trained for it only.")
+    ] = None
+    pooling: Annotated[
+        Literal["mean", "last"] | None, Meta(description="The server's --pooling-type where none is given.")
+    ] = None
+    normalize: Annotated[bool, Meta(description="Make the Euclidean length 1.")] = True
+    truncate_prompt_tokens: Annotated[
+        int | None, Meta(description="Keep the beginning, this many tokens; -1: as many as the model takes.")
+    ] = None
+    add_special_tokens: bool = True
+    user: str = ""
+    priority: Priority = 0
+    cache_salt: Salt | None = None
 
 
 class TokenizeRequest(Struct, kw_only=True):

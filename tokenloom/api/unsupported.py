@@ -6,7 +6,7 @@ is listed as harmless instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from tokenloom.api.errors import unsupported
@@ -66,6 +66,11 @@ REFUSED: dict[str, tuple[_Harmless, str]] = {
     "thinking_token_budget": (_never, "the models served here have no reasoning mode"),
     "prompt_embeds": (_empty, "prompts are texts or token ids"),
     "truncate_prompt_tokens": (_never, "a prompt is served whole or refused"),
+    "truncation_side": (_one_of("right"), "the beginning of a text is kept"),
+    "pooling_type": (_never, "the field is called pooling"),
+    "embed_dtype": (_one_of("float32"), "embeddings are float32"),
+    "endianness": (_one_of("little"), "embeddings in base64 are little-endian"),
+    "use_activation": (_never, "embeddings are normalised or not: the field is called normalize"),
     "chat_template": (_empty, "only the model's own chat template is used"),
     "documents": (_empty, "put documents into the messages"),
     "mm_processor_kwargs": (_empty, "the models served here take text only"),
@@ -98,10 +103,11 @@ HARMLESS_FIELDS = frozenset(
 )
 
 
-def refuse_unsupported(fields: Mapping[str, Any]) -> None:
-    """Raise `ApiError` 400, code `unsupported_feature`, for the first field that asks for more."""
+def refuse_unsupported(fields: Mapping[str, Any], served: Container[str]) -> None:
+    """Raise `ApiError` 400, code `unsupported_feature`, for the first field that asks for more. The endpoint
+    has the `served` ones."""
     for name, value in fields.items():
-        entry = REFUSED.get(name)
+        entry = None if name in served else REFUSED.get(name)
         if entry is not None and not entry[0](value):
             raise unsupported(name, entry[1])
         if name == "best_of" and value not in (1, fields.get("n", 1)):

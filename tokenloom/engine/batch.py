@@ -92,7 +92,8 @@ class TokenBatch:
     Per segment: `starts` int32[S+1] row offsets; `context_lens` int32[S] = committed tokens of the sequence
     before the segment's first row; `page_tables` int32[S, P] page ids in path order (entries past the context
     are 0); `adapter_slots` int32[S] (-1: base); `work` int8[S]. `page_copies` int32[C, 2] (source,
-    destination) are done before the pass.
+    destination) are done before the pass. `hidden_rows` int32[H], rising: rows whose hidden state (what the
+    head reads) is an output of the step; they need no logits.
     """
 
     token_ids: Int32
@@ -107,6 +108,7 @@ class TokenBatch:
     work: NDArray[np.int8]
     logit_rows: LogitRows
     page_copies: Int32
+    hidden_rows: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
 
     @property
     def num_rows(self) -> int:
@@ -133,6 +135,9 @@ class TokenBatch:
             self._check_segment(segment)
         if len(self.logit_rows) and not (self.logit_rows.rows < rows).all():
             raise ValueError("a logit row lies outside the batch")
+        bounded = np.concatenate([[-1], self.hidden_rows, [rows]])
+        if (np.diff(bounded) < 1).any():
+            raise ValueError(f"hidden_rows {self.hidden_rows.tolist()} do not rise within {rows} rows")
 
     def _check_segment(self, segment: int) -> None:
         begin, end = int(self.starts[segment]), int(self.starts[segment + 1])
@@ -164,12 +169,14 @@ class TopLogprobs:
 @dataclass(slots=True)
 class StepResult:
     """What one step gave: `token_ids` int32[L] and `logprobs` float32[L] (NaN where none was asked), and
-    `top` for the entries with `num_logprobs` >= 0. `seconds` is the executor's time for the step."""
+    `top` for the entries with `num_logprobs` >= 0; `hidden` float32[H, W], W the width of what the head reads,
+    for the batch's `hidden_rows`. `seconds` is the executor's time for the step."""
 
     token_ids: Int32
     logprobs: Float32
     top: Mapping[int, TopLogprobs]
     seconds: float = 0.0
+    hidden: Float32 = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
 
 @dataclass(slots=True)
@@ -187,7 +194,7 @@ class Executor(Protocol):
         """Start the batch."""
 
     def collect(self, ticket: Ticket) -> StepResult:
-        """Wait for the batch; returns one entry per logit row."""
+        """Wait for the batch; returns one entry per logit row, and one row of `hidden` per hidden row."""
 
     def close(self) -> None:
         """Release memory and threads."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from tokenloom.engine.batch import PAGE_SIZE, LogitEdits, LogitRows, TokenBatch, Work
-from tokenloom.engine.plan import LogitEntry, Plan
+from tokenloom.engine.plan import LogitEntry, Plan, PooledRun
 from tokenloom.engine.sampling_rules import logit_edits
 from tokenloom.engine.sequence import Sequence
 
@@ -57,7 +57,8 @@ class SequenceTable:
 
 
 def build_batch(plan: Plan, table: SequenceTable) -> TokenBatch:
-    """Lay the plan's runs out as a token batch; fills `plan.entries` with one entry per logit row."""
+    """Lay the plan's runs out as a token batch; fills `plan.entries` with one entry per logit row, and
+    `plan.pooled` with the owners of the hidden rows."""
     token_ids: list[int] = []
     rows: list[int] = []
     starts = [0]
@@ -67,6 +68,7 @@ def build_batch(plan: Plan, table: SequenceTable) -> TokenBatch:
     entries = plan.entries
     entry_rows: list[int] = []
     entry_owners: list[int] = []
+    hidden_rows: list[int] = []
     offset = 0
     for seq, start, end in plan.runs:
         tokens = seq.tokens
@@ -85,6 +87,10 @@ def build_batch(plan: Plan, table: SequenceTable) -> TokenBatch:
                     entries.append(LogitEntry(seq, tokens[position + 1]))
                     entry_rows.append(offset + position - start)
                     entry_owners.append(seq.row)
+            pooled = range(max(start, seq.num_pooled), min(end, seq.num_prompt))
+            if pooled:
+                plan.pooled.append(PooledRun(seq, len(pooled)))
+                hidden_rows.extend(offset + position - start for position in pooled)
         offset += end - start
         starts.append(offset)
         if end == len(tokens) and end < seq.max_length:
@@ -115,6 +121,7 @@ def build_batch(plan: Plan, table: SequenceTable) -> TokenBatch:
         work=np.array(work, np.int8),
         logit_rows=_logit_rows(entries, entry_rows, entry_owners, table),
         page_copies=np.array(copies, np.int32) if copies else _NO_COPIES,
+        hidden_rows=np.array(hidden_rows, np.int32),
     )
 
 

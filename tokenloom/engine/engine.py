@@ -14,6 +14,7 @@ from tokenloom.engine.frames import FramePool, PageClass
 from tokenloom.engine.plan import Plan, StepRecord
 from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
 from tokenloom.engine.policies.queue_order import QueueOrder
+from tokenloom.engine.pooling import check_pooling
 from tokenloom.engine.prefix_cache import PrefixCache, root_digest
 from tokenloom.engine.request import Request, SequenceDelta, StopCheckerFactory, no_stop_strings
 from tokenloom.engine.scheduler import Scheduler
@@ -95,6 +96,8 @@ class Engine:
                 "n", params.n, f"at most {self.max_running}, the sequences that run at once"
             )
         params.check_vocabulary(self.limits.vocab_size)
+        if request.pooling is not None:
+            check_pooling(request)
 
     def add_request(self, request: Request) -> None:
         """Queue a request. Raises `QueueFull`, or `InvalidParameter` where it can never be served."""

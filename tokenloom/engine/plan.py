@@ -23,6 +23,13 @@ class LogitEntry(NamedTuple):
     target: int
 
 
+class PooledRun(NamedTuple):
+    """Whom the next `num_rows` hidden rows are for."""
+
+    seq: Sequence
+    num_rows: int
+
+
 @dataclass(slots=True)
 class Plan:
     """One step: the runs in batch order, and the page copies (source, destination) to do before."""
@@ -31,6 +38,7 @@ class Plan:
     runs: list[Run] = field(default_factory=list)
     page_copies: list[tuple[int, int]] = field(default_factory=list)
     entries: list[LogitEntry] = field(default_factory=list)
+    pooled: list[PooledRun] = field(default_factory=list)
     num_rows: int = 0
 
     def drop(self, seq: Sequence) -> None:

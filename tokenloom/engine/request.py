@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 from tokenloom.engine.sampling_params import SamplingParams
 
 Exactness = Literal["exact", "distribution"]
+Pooling = Literal["mean", "last"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -18,8 +19,9 @@ class Request:
 
     `priority`: lower is more urgent (as in vLLM). `tenant` salts the prefix cache: requests of different tenants
     never share pages. `adapter` is the content hash of the adapter ("" for the base). `bad_word_ids` are the
-    token sequences that `params.bad_words` stand for. `arrival` is in the engine clock's seconds
-    (-1: set when the engine takes it).
+    token sequences that `params.bad_words` stand for. With `pooling` the request asks for the embedding of its
+    prompt: `params` have `max_tokens` 0. `arrival` is in the engine clock's seconds (-1: set when the engine
+    takes it).
     """
 
     request_id: str
@@ -31,6 +33,7 @@ class Request:
     exactness: Exactness = "exact"
     program_id: str = ""
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
+    pooling: Pooling | None = None
     arrival: float = -1.0
 
 
@@ -59,7 +62,8 @@ class SequenceDelta(NamedTuple):
     `sample` is the sample number in [0, n). `logprobs` is parallel to `token_ids` where asked, else empty.
     `prompt_logprobs` (for prompt tokens 1..P-1) comes once, with the first delta. `stop` is the stop string or
     stop token id that ended the sequence. The last delta of a sequence has a `finish_reason`, and `last`
-    marks the last delta of the whole request.
+    marks the last delta of the whole request. `embedding` comes with the last delta of a request with
+    `pooling`: float32 [width of the model], little-endian, not normalised.
     """
 
     request_id: str
@@ -72,6 +76,7 @@ class SequenceDelta(NamedTuple):
     num_cached_tokens: int
     last: bool
     timings: RequestTimings | None
+    embedding: bytes | None = None
 
 
 class StopChecker(Protocol):

@@ -205,10 +205,9 @@ class Scheduler:
         return needed <= available
 
     def _cached_pages(self, seq: Sequence) -> list[int]:
-        """Resident pages of the longest known prefix. Prompt logprobs need every row computed: no hits then."""
-        if not self.cache.enabled or (
-            seq.prompt_logprobs is not None and seq.num_scored < seq.num_prompt - 1
-        ):
+        """Resident pages of the longest known prefix. Prompt logprobs and means need every row computed: no
+        hits then."""
+        if not self.cache.enabled or seq.needs_all_rows:
             return []
         extend_chain(seq.chain, seq.root, seq.tokens, len(seq.tokens))
         return self.cache.find(seq.chain)
@@ -262,6 +261,10 @@ class Scheduler:
                 self._commit_score(entry, i, result)
             else:
                 self._commit_token(entry.seq, tokens[i], i, result, now, deltas)
+        first = 0
+        for seq, num_rows in plan.pooled:
+            seq.pool(result.hidden[first : first + num_rows])
+            first += num_rows
         for run in plan.runs:
             if run.seq.max_length <= run.seq.num_prompt and run.end == len(run.seq.tokens):
                 self._finish_unsampled(run.seq, now, deltas)
@@ -302,11 +305,11 @@ class Scheduler:
             self._preempt(seq)
 
     def _finish_unsampled(self, seq: Sequence, now: float, deltas: list[SequenceDelta]) -> None:
-        """End a request of `max_tokens` 0 once its prompt is computed."""
+        """End a request of `max_tokens` 0 once its prompt is computed. For an embedding that is all there is."""
         siblings, seq.siblings = seq.siblings, []
         self._rows_promised -= len(siblings)
         for ended in (seq, *siblings):
-            ended.finish_reason = "length"
+            ended.finish_reason = "length" if ended.request.pooling is None else "stop"
             deltas.append(self._delta(ended, [], [], True, True, now))
             self._retire(ended)
 
@@ -339,6 +342,7 @@ class Scheduler:
             max(seq.num_cached, 0),
             last,
             timings,
+            seq.embedding() if done else None,
         )
 
     def _fork(self, leader: Sequence) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 
-from tokenloom.engine.batch import PAGE_SIZE
+from tokenloom.engine.batch import PAGE_SIZE, Float32
+from tokenloom.engine.pooling import Float64, add_rows, first_pooled, mean_bytes
 from tokenloom.engine.prefix_cache import Digest
 from tokenloom.engine.request import FinishReason, Request, StopChecker, TokenLogprobs
 
@@ -24,7 +25,8 @@ class Sequence:
     `tokens` are prompt and committed output. KV of tokens[:num_computed] needs no more work; KV of
     tokens[:num_stored] lies in `pages` (num_stored exceeds num_computed only on a full prefix hit, where the
     last row runs again for its logits). `row` is the sequence's row in the batch builder's table, -1 when it
-    does not run. The pages are owned through the prefix cache's reference counts.
+    does not run. The pages are owned through the prefix cache's reference counts. Prompt rows from `num_pooled`
+    on still go into the embedding, whose sum so far is `row_sum`.
     """
 
     __slots__ = (
@@ -39,6 +41,7 @@ class Sequence:
         "needs_edits",
         "num_cached",
         "num_computed",
+        "num_pooled",
         "num_prompt",
         "num_registered",
         "num_scored",
@@ -49,6 +52,7 @@ class Sequence:
         "request",
         "root",
         "row",
+        "row_sum",
         "scheduled_time",
         "siblings",
         "state",
@@ -86,6 +90,8 @@ class Sequence:
         self.num_stored = 0
         self.num_registered = 0
         self.num_scored = 0
+        self.num_pooled = first_pooled(request.pooling, self.num_prompt)
+        self.row_sum: Float64 | None = None
         self.num_cached = -1
         self.siblings: list[Sequence] = []
         self.bad_word_ids = request.bad_word_ids
@@ -117,6 +123,12 @@ class Sequence:
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
 
+    @property
+    def needs_all_rows(self) -> bool:
+        """Whether something of rows before the last is still wanted, so that no cached page may stand for them."""
+        unscored = self.prompt_logprobs is not None and self.num_scored < self.num_prompt - 1
+        return unscored or self.num_pooled < self.num_prompt - 1
+
     def num_pages_missing(self, length: int) -> int:
         """Pages to allocate before the KV of tokens[:length] has room."""
         return (length + PAGE_SIZE - 1) // PAGE_SIZE - len(self.pages)
@@ -126,6 +138,17 @@ class Sequence:
         self.tokens.append(token)
         if self.needs_edits:
             self.output_counts[token] = self.output_counts.get(token, 0) + 1
+
+    def pool(self, rows: Float32) -> None:
+        """Add the next hidden rows [R, W] of the prompt to the embedding."""
+        self.row_sum = add_rows(self.row_sum, rows)
+        self.num_pooled += len(rows)
+
+    def embedding(self) -> bytes | None:
+        """The pooled vector of a computed prompt, None where none was asked for."""
+        if self.row_sum is None:
+            return None
+        return mean_bytes(self.row_sum, self.num_prompt - first_pooled(self.request.pooling, self.num_prompt))
 
     def fork(self, sibling: Sequence) -> list[int]:
         """Give `sibling` this sequence's committed prompt and its full pages; returns the shared pages.

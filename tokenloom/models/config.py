@@ -65,7 +65,8 @@ class ModelConfig:
     factors of the embedding, of what a block adds to the residual stream, and below the logits;
     `attention_scale` is that of q (None: 1 / sqrt(head_dim)). `attention_softcap` and `logits_softcap` bound
     scores and logits. `local_rope` turns the layers with a window, where it is not None. `experts`: layers have them in
-    place of the MLP.
+    place of the MLP. `matryoshka` are the lengths to which the model was trained to have its embeddings cut; empty: to
+    any, None: to none.
     """
 
     family: str
@@ -101,6 +102,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantization: WeightQuantization | None = None
+    matryoshka: tuple[int, ...] | None = None
 
     def window(self, layer: int) -> int | None:
         """How many of the last tokens a layer sees; None: all."""

@@ -139,8 +139,21 @@ def parse_config(data: Mapping[str, Any]) -> ModelConfig:
         eos_token_ids=written.token_ids("eos_token_id", vocab_size) or (),
         dtype=_dtype(written),
         quantization=parse_quantization(data, CONFIG_FILE),
+        matryoshka=_matryoshka(written, hidden_size),
     )
     return family.read(written, config)
+
+
+def _matryoshka(written: Fields, hidden_size: int) -> tuple[int, ...] | None:
+    """The lengths to which embeddings may be cut, as vLLM reads them."""
+    lengths = written.data.get("matryoshka_dimensions")
+    if lengths:
+        if not isinstance(lengths, list) or not all(
+            type(n) is int and 1 <= n <= hidden_size for n in lengths
+        ):
+            written.refuse("matryoshka_dimensions", f"a list of integers from 1 to {hidden_size}")
+        return tuple(sorted(set(lengths)))
+    return () if written.flag("is_matryoshka", False) else None
 
 
 def _read(directory: Path, name: str, *, required: bool) -> dict[str, Any]:

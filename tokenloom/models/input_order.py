@@ -23,7 +23,7 @@ def order_inputs(program: Program, checkpoint: Checkpoint) -> Program:
     The linears that are stacked in one weight must share one order, since they read one row. Raises `ModelError`
     where they do not, and for orders that cannot be.
     """
-    multiplied = {name for name, _ in program.products()}
+    multiplied = {op.weight for op in program.ops if isinstance(op, Linear)} | {program.head.weight}
     orders: dict[str, WeightSpec] = {}
     for spec in program.weights:
         if spec.name in multiplied and (source := _shared_order(spec, checkpoint)) is not None:

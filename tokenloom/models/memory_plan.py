@@ -19,7 +19,7 @@ from tokenloom.engine.batch import PAGE_SIZE
 from tokenloom.errors import InvalidParameter, OutOfMemory
 from tokenloom.kernels.backend import kv_page_bytes
 from tokenloom.kernels.native.packed_forms import WeightForm, expected_forms
-from tokenloom.kernels.native.sizes import form_bytes, step_bytes
+from tokenloom.kernels.native.sizes import form_bytes, hidden_bytes, step_bytes
 from tokenloom.kernels.program import Embed, Program, Route, WeightSpec
 from tokenloom.models.config import ModelConfig
 from tokenloom.models.machine_memory import MachineMemory, read_machine_memory
@@ -313,7 +313,8 @@ def workspace_bytes(config: ModelConfig, program: Program, max_batch_tokens: int
     keys = 2 * max(1 << 21, _SINGLE_ROWS * 2 * config.kv_size * _SPLIT_KEYS)
     scores = 4 * max(1 << 20, 2 * max_batch_tokens * config.num_heads * _SPLIT_KEYS)
     logits = 4 * _LOGIT_ROWS * config.vocab_size
-    return (max_batch_tokens * row + keys + scores + logits) * _ITEM_BYTES
+    items = max_batch_tokens * row + keys + scores + logits
+    return items * _ITEM_BYTES + hidden_bytes(program, max_batch_tokens)
 
 
 def _choose_pages(config: ModelConfig, max_running: int, left: int, page_bytes: int, frame_bytes: int) -> int:

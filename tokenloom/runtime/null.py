@@ -8,7 +8,7 @@ from tokenloom.engine.batch import StepResult, Ticket, TokenBatch
 
 
 class NullExecutor:
-    """Answers every logit row with `token`."""
+    """Answers every logit row with `token`, and every hidden row with a zero."""
 
     def __init__(self, token: int = 0) -> None:
         self.token = token
@@ -19,7 +19,10 @@ class NullExecutor:
     def collect(self, ticket: Ticket) -> StepResult:
         num_entries = len(ticket.batch.logit_rows)
         return StepResult(
-            np.full(num_entries, self.token, np.int32), np.full(num_entries, np.nan, np.float32), {}
+            np.full(num_entries, self.token, np.int32),
+            np.full(num_entries, np.nan, np.float32),
+            {},
+            hidden=np.zeros((len(ticket.batch.hidden_rows), 1), np.float32),
         )
 
     def close(self) -> None:

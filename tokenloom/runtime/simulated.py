@@ -14,6 +14,8 @@ import numpy as np
 from tokenloom.clock import VirtualClock
 from tokenloom.engine.batch import StepResult, Ticket, TokenBatch, TopLogprobs
 
+HIDDEN_WIDTH = 8
+
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
@@ -38,7 +40,8 @@ class CostModel:
 class SimulatedExecutor:
     """Draws tokens by hashing (seed, sample, position), so that outputs do not depend on the schedule.
 
-    `vocab_size` bounds the tokens; `choose` may replace the hash (tests, traces).
+    `vocab_size` bounds the tokens; `choose` may replace the hash (tests, traces). A hidden row is a hash of its
+    token and position, `HIDDEN_WIDTH` numbers between -1 and 1.
     """
 
     def __init__(
@@ -78,7 +81,14 @@ class SimulatedExecutor:
             int(i): TopLogprobs(np.zeros(0, np.int32), np.zeros(0, np.float32), 1)
             for i in np.flatnonzero(rows.num_logprobs >= 0)
         }
-        return StepResult(tokens, logprobs, top, seconds)
+        return StepResult(tokens, logprobs, top, seconds, _hidden(batch))
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+def _hidden(batch: TokenBatch) -> np.ndarray:
+    chosen = batch.hidden_rows
+    keys = batch.token_ids[chosen].astype(np.int64) * 40503 + batch.logical[chosen] * 2654435
+    mixed = keys[:, None] * (2 * np.arange(HIDDEN_WIDTH) + 1) * 25214903917 % (1 << 31)
+    return (mixed / (1 << 30) - 1).astype(np.float32)

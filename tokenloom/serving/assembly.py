@@ -221,4 +221,6 @@ def _card(config: Config, model: LoadedModel, executor: LocalExecutor, engine: E
         max_requests=engine.max_running + config.scheduler.max_waiting,
         numerics_id=executor.numerics_id + rounded,
         default_sampling=model.generation.as_sampling(),
+        hidden_size=model.config.hidden_size,
+        matryoshka=model.config.matryoshka,
     )

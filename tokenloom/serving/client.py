@@ -17,7 +17,8 @@ EngineState = Literal["loading", "ready", "restarting", "failed", "stopped"]
 class ModelCard:
     """What the API says about the served model. `max_context` is in tokens, `created` in Unix seconds;
     `max_requests` is how many may be in flight before 429; `default_sampling` is what generation_config.json
-    says, by the names of `SamplingParams`."""
+    says, by the names of `SamplingParams`. Embeddings have `hidden_size` numbers, and may be cut to the lengths
+    in `matryoshka` (empty: any, None: none)."""
 
     name: str
     created: int
@@ -27,6 +28,8 @@ class ModelCard:
     max_requests: int
     numerics_id: str = ""
     default_sampling: dict[str, float | int] = field(default_factory=dict)
+    hidden_size: int = 0
+    matryoshka: tuple[int, ...] | None = None
 
 
 class EngineClient(Protocol):

@@ -6,7 +6,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from tokenloom.engine.request import Request, SequenceDelta
@@ -14,10 +14,12 @@ from tokenloom.engine.request import Request, SequenceDelta
 
 @dataclass(slots=True)
 class JournalEntry:
-    """An accepted request and the committed output tokens of each of its samples."""
+    """An accepted request, the committed output tokens of each of its samples, and how often an engine was
+    given the request."""
 
     request: Request
     tokens: list[list[int]] = field(default_factory=list)
+    num_attempts: int = 1
 
     @property
     def num_tokens(self) -> int:
@@ -40,9 +42,10 @@ class Journal:
     def __iter__(self) -> Iterator[JournalEntry]:
         return iter(self._entries.values())
 
-    def open(self, request: Request) -> None:
+    def open(self, request: Request, num_attempts: int = 1) -> None:
         """Record an accepted request. Its id must not be in flight."""
-        self._entries[request.request_id] = JournalEntry(request, [[] for _ in range(request.params.n)])
+        tokens: list[list[int]] = [[] for _ in range(request.params.n)]
+        self._entries[request.request_id] = JournalEntry(request, tokens, num_attempts)
 
     def append(self, delta: SequenceDelta) -> None:
         """Record committed tokens; the last delta drops the entry. Unknown requests are ignored."""
@@ -58,8 +61,9 @@ class Journal:
         """Forget a request that ended otherwise; False if it was not in flight."""
         return self._entries.pop(request_id, None) is not None
 
-    def drop_all(self) -> list[JournalEntry]:
-        """Forget everything; returns what was in flight."""
-        entries = list(self._entries.values())
-        self._entries.clear()
+    def drop_all(self, keep: Callable[[JournalEntry], bool] = lambda entry: False) -> list[JournalEntry]:
+        """Forget everything but what `keep` is true of; returns what was forgotten."""
+        entries = [entry for entry in self._entries.values() if not keep(entry)]
+        for entry in entries:
+            del self._entries[entry.request.request_id]
         return entries

@@ -8,19 +8,20 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Final, NamedTuple
 
 from tokenloom.config import Config, make_config
+from tokenloom.engine.request import Pooling, Request
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import InvalidParameter, TokenloomError
 from tokenloom.serving.assembly import EngineParts, build_engine
 from tokenloom.serving.client import ModelCard
-from tokenloom.serving.outputs import Collected, RequestOutput
+from tokenloom.serving.outputs import Collected, EmbeddingRequestOutput, RequestOutput
 from tokenloom.serving.progress import ConsoleLoad, RequestBar
-from tokenloom.serving.requests import make_request
+from tokenloom.serving.requests import check_dimensions, embedding_request, make_request, num_kept
 from tokenloom.serving.threads import set_blas_threads
 from tokenloom.text.tokenizer import Tokenizer
 
@@ -109,7 +110,7 @@ class LLM:
         the engine as it was. Ctrl-C cancels what runs after the step in flight.
         """
         tokenized = self._tokenize(_prompt_list(prompts), True)
-        return self._serve(tokenized, sampling_params, progress if use_tqdm else False)
+        return self._generate(tokenized, sampling_params, progress if use_tqdm else False)
 
     def chat(
         self,
@@ -139,36 +140,89 @@ class LLM:
                     continue_final_message=continue_final_message,
                 )
             )
-        return self._serve(self._tokenize(texts, False), sampling_params, progress if use_tqdm else False)
+        return self._generate(self._tokenize(texts, False), sampling_params, progress if use_tqdm else False)
 
-    def _tokenize(self, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[_Tokenized]:
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Pooling | None = None,
+        normalize: bool = True,
+        dimensions: int | None = None,
+        truncate_prompt_tokens: int | None = None,
+        add_special_tokens: bool = True,
+        progress: bool | None = None,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """The hidden state of each prompt as one vector; the results are in the order of the prompts.
+
+        `pooling` is "last" (the last token's state) or "mean" (over all tokens), None for the option
+        `pooling_type`; `normalize` makes the Euclidean length 1. `dimensions` cuts the vectors of a model that
+        was trained for it. `truncate_prompt_tokens` keeps the beginning of each prompt, -1 as much as the
+        model takes; without it a prompt that is too long raises `ContextLengthExceeded`. Otherwise as
+        `generate`.
+        """
+        check_dimensions(dimensions, self.card)
+        if pooling is None:
+            pooling = self.config.model.pooling_type
+        keep = num_kept(truncate_prompt_tokens, self.card)
+        tokenized = self._tokenize(_prompt_list(prompts), add_special_tokens, keep)
+        requests = [
+            (
+                embedding_request(prompt.token_ids, pooling, request_id=str(next(self._request_ids))),
+                prompt.text,
+            )
+            for prompt in tokenized
+        ]
+        collected = self._serve(requests, progress if use_tqdm else False)
+        return [entry.embedding(normalize=normalize, dimensions=dimensions) for entry in collected]
+
+    def _tokenize(
+        self, prompts: Sequence[Prompt], add_special_tokens: bool, keep: int | None = None
+    ) -> list[_Tokenized]:
         given = [_text_or_ids(prompt) for prompt in prompts]
         texts = [text for text, ids in given if ids is None and text is not None]
-        encoded = iter(self._parts.tokenizer.encode_batch(texts, add_special_tokens))
-        return [_Tokenized(text, next(encoded) if ids is None else ids) for text, ids in given]
+        tokenizer = self._parts.tokenizer
+        if keep is None:
+            encoded = iter(tokenizer.encode_batch(texts, add_special_tokens))
+        else:
+            encoded = iter(tokenizer.encode_truncated(texts, keep, add_special_tokens))
+        return [_Tokenized(text, next(encoded) if ids is None else ids[:keep]) for text, ids in given]
 
-    def _serve(
+    def _generate(
         self,
         prompts: list[_Tokenized],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         progress: bool | None,
     ) -> list[RequestOutput]:
         params = self._params_list(sampling_params, len(prompts))
+        tokenizer = self._parts.tokenizer
+        requests = [
+            (
+                make_request(tokenizer, prompt.token_ids, own, request_id=str(next(self._request_ids))),
+                prompt.text,
+            )
+            for prompt, own in zip(prompts, params, strict=True)
+        ]
+        collected = self._serve(requests, progress)
+        return [entry.output(tokenizer, self._decode_token) for entry in collected]
+
+    def _serve(
+        self, requests: Sequence[tuple[Request, str | None]], progress: bool | None
+    ) -> Iterable[Collected]:
+        """Run requests (each with the text of its prompt, if it has one) to their end, in one turn."""
         with self._turn:
             if self._closed:
                 raise TokenloomError("this LLM is closed")
-            engine, tokenizer, seeds = self._parts.engine, self._parts.tokenizer, self._parts.seeds
             collected: dict[str, Collected] = {}
-            for prompt, own in zip(prompts, params, strict=True):
-                request_id = str(next(self._request_ids))
-                request = make_request(tokenizer, prompt.token_ids, own, request_id=request_id)
-                engine.check_request(request)
-                collected[request_id] = Collected(request, prompt.text)
+            for request, text in requests:
+                self._parts.engine.check_request(request)
+                collected[request.request_id] = Collected(request, text)
             for entry in collected.values():
-                entry.request.params = seeds.fill(entry.request.params)
-            shown = len(prompts) >= BAR_FROM and (sys.stderr.isatty() if progress is None else progress)
-            self._run(collected, RequestBar(len(prompts), shown=shown))
-            return [entry.output(tokenizer, self._decode_token) for entry in collected.values()]
+                entry.request.params = self._parts.seeds.fill(entry.request.params)
+            shown = len(collected) >= BAR_FROM and (sys.stderr.isatty() if progress is None else progress)
+            self._run(collected, RequestBar(len(collected), shown=shown))
+            return collected.values()
 
     def _run(self, collected: dict[str, Collected], bar: RequestBar) -> None:
         engine = self._parts.engine

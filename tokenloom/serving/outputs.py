@@ -6,7 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenloom.engine.pooling import normalized, vector_of
 from tokenloom.engine.request import Request, RequestTimings, SequenceDelta, TokenLogprobs
+from tokenloom.errors import TokenloomError
 from tokenloom.text.output_text import output_text_of
 from tokenloom.text.tokenizer import Tokenizer
 
@@ -53,6 +58,31 @@ class RequestOutput:
     prompt_token_ids: list[int]
     prompt_logprobs: list[TokenLogprobMap | None] | None
     outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestTimings | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """The vector of a prompt, as floats that are exactly its float32 numbers."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """The length of the vector."""
+        return len(self.embedding)
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """One request of `LLM.embed`; the fields are those of `RequestOutput`."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: EmbeddingOutput
     finished: bool
     metrics: RequestTimings | None = None
     num_cached_tokens: int = 0
@@ -106,6 +136,24 @@ class Collected:
             num_cached_tokens=max((end.num_cached_tokens for end in ends), default=0),
         )
 
+    def embedding(self, *, normalize: bool, dimensions: int | None) -> EmbeddingRequestOutput:
+        """The finished request of a prompt whose embedding was asked for.
+
+        Raises `TokenloomError` where the model gave no finite numbers.
+        """
+        [end] = self.ends
+        if end is None or end.embedding is None:
+            raise TokenloomError(f"request {self.request.request_id} has no embedding")
+        return EmbeddingRequestOutput(
+            request_id=self.request.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=list(self.request.prompt_token_ids),
+            outputs=EmbeddingOutput(finished_vector(end.embedding, normalize, dimensions).tolist()),
+            finished=True,
+            metrics=end.timings,
+            num_cached_tokens=end.num_cached_tokens,
+        )
+
     def _completion(
         self, sample: int, tokenizer: Tokenizer, decode_token: Callable[[int], str]
     ) -> CompletionOutput:
@@ -130,6 +178,18 @@ class Collected:
             finish_reason=finish_reason,
             stop_reason=stop,
         )
+
+
+def finished_vector(embedding: bytes, normalize: bool, dimensions: int | None) -> NDArray[np.float32]:
+    """float32 [W] of a delta's `embedding`, or its first `dimensions` numbers; with `normalize` the Euclidean
+    length is 1.
+
+    Raises `TokenloomError` for numbers that are not finite, which have no form in JSON and no direction.
+    """
+    vector = vector_of(embedding)[:dimensions]
+    if not np.isfinite(vector).all():
+        raise TokenloomError("the model's hidden state is not finite: this prompt has no embedding")
+    return normalized(vector) if normalize else vector
 
 
 def ended_by_token(finish_reason: str | None, stop: str | int | None) -> bool:

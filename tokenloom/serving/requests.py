@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Final
 
-from tokenloom.engine.request import Request
+from tokenloom.engine.request import Pooling, Request
 from tokenloom.engine.sampling_params import SamplingParams
-from tokenloom.errors import InvalidParameter
+from tokenloom.errors import InvalidParameter, UnsupportedFeature
+from tokenloom.serving.client import ModelCard
 from tokenloom.text.tokenizer import Tokenizer
 
 
@@ -35,6 +37,62 @@ def make_request(
         program_id=program_id,
         bad_word_ids=tuple(bad_word_ids(tokenizer, params.bad_words)) if params.bad_words else (),
     )
+
+
+EMBEDDING_PARAMS: Final = SamplingParams(max_tokens=0, temperature=0.0, seed=0)
+"""Nothing is drawn for an embedding; the seed leaves those of a `SeedSource` to others."""
+
+
+def embedding_request(
+    prompt_token_ids: Sequence[int],
+    pooling: Pooling,
+    *,
+    request_id: str,
+    priority: int = 0,
+    tenant: str = "",
+) -> Request:
+    """The request for the embedding of a tokenised prompt."""
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=list(prompt_token_ids),
+        params=EMBEDDING_PARAMS,
+        priority=priority,
+        tenant=tenant,
+        pooling=pooling,
+    )
+
+
+def num_kept(truncate_prompt_tokens: int | None, card: ModelCard) -> int | None:
+    """The most tokens that truncation leaves of a prompt (-1: as many as the model takes), None without it.
+
+    Raises `InvalidParameter`.
+    """
+    count = truncate_prompt_tokens
+    if count is None:
+        return None
+    if (
+        isinstance(count, bool)
+        or not isinstance(count, int)
+        or not (count == -1 or 1 <= count <= card.max_context)
+    ):
+        limit = f"-1, or from 1 to {card.max_context}, the longest that the model takes"
+        raise InvalidParameter("truncate_prompt_tokens", count, limit)
+    return card.max_context if count == -1 else count
+
+
+def check_dimensions(dimensions: int | None, card: ModelCard) -> None:
+    """Raise `UnsupportedFeature` or `InvalidParameter` unless embeddings may be cut to that length."""
+    if dimensions is None:
+        return
+    if card.matryoshka is None:
+        detail = "this model's config.json has no is_matryoshka or matryoshka_dimensions; cut, its embeddings are poor"
+        raise UnsupportedFeature("dimensions", detail)
+    allowed = card.matryoshka or range(1, card.hidden_size + 1)
+    if type(dimensions) is not int or dimensions not in allowed:
+        limit = f"an integer from 1 to {card.hidden_size}"
+        if card.matryoshka:
+            limit = "one of " + ", ".join(map(str, card.matryoshka))
+        raise InvalidParameter("dimensions", dimensions, limit)
 
 
 def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> Iterator[tuple[int, ...]]:

@@ -10,13 +10,13 @@ import asyncio
 import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from tokenloom.engine.plan import StepRecord
 from tokenloom.engine.request import Request, SequenceDelta
 from tokenloom.errors import EngineDead, InvalidParameter, QueueFull, TokenloomError
 from tokenloom.serving.client import EngineState, ModelCard, StepObserver
-from tokenloom.serving.journal import Journal
+from tokenloom.serving.journal import Journal, JournalEntry
 from tokenloom.serving.messages import (
     MAX_REQUEST_ID_CHARS,
     Add,
@@ -107,7 +107,9 @@ class StreamingClient(ABC):
             self._close(request_id, stream)
 
     def _open(self, request: Request) -> _Stream:
-        if self._state != "ready":
+        # What was sent nothing of may wait for the next engine.
+        waits = self._state == "restarting" and request.pooling is not None
+        if self._state != "ready" and not waits:
             raise EngineDead(self._why_not())
         request_id = request.request_id
         if request_id in self._streams:
@@ -119,14 +121,19 @@ class StreamingClient(ABC):
         if len(self._streams) >= self.card.max_requests:
             raise QueueFull(self.card.max_requests, 1.0)
         try:
-            self._send(Add(request))
+            if not waits:
+                self._send(Add(request))
+        except EngineDead:
+            if request.pooling is None:
+                raise
+            waits = True
         except ProtocolError as error:
             raise InvalidParameter(
                 "prompt", request_id, "plain token ids and texts", message=str(error)
             ) from error
         stream: _Stream = asyncio.Queue()
         self._streams[request_id] = stream
-        self.journal.open(request)
+        self.journal.open(request, num_attempts=0 if waits else 1)
         return stream
 
     def _close(self, request_id: str, stream: _Stream) -> None:
@@ -159,9 +166,10 @@ class StreamingClient(ABC):
             self._observers.remove(observer)
             log.exception("a step observer failed and is not called again")
 
-    def _fail_all(self, reason: str) -> None:
-        """End every request in flight with `EngineDead`, saying how far each had come."""
-        for entry in self.journal.drop_all():
+    def _fail_all(self, reason: str, keep: Callable[[JournalEntry], bool] = lambda entry: False) -> None:
+        """End every request in flight with `EngineDead`, saying how far each had come, but those that `keep`
+        is true of."""
+        for entry in self.journal.drop_all(keep):
             stream = self._streams.get(entry.request.request_id)
             if stream is not None:
                 stream.put_nowait(EngineDead(f"{reason}; this request had got {entry.num_tokens} tokens"))

@@ -1,7 +1,8 @@
 """The engine process as the API process sees it: started, watched, started again.
 
-Requests in flight when the engine dies end with `EngineDead` at once. Restarts back off, and stop when the
-engine dies `MAX_DEATHS` times within `DEATH_WINDOW` seconds or cannot be built at all.
+Requests in flight when the engine dies end with `EngineDead` at once, except those for embeddings: nothing of them
+has been sent, so the next engine is given them, once more each. Restarts back off, and stop when the engine dies
+`MAX_DEATHS` times within `DEATH_WINDOW` seconds or cannot be built at all.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ import zmq
 from tokenloom.config import Config, flatten
 from tokenloom.errors import EngineDead, TokenloomError
 from tokenloom.serving.engine_process import Start
+from tokenloom.serving.journal import JournalEntry
 from tokenloom.serving.messages import (
     MAX_FRAME_BYTES,
+    Add,
     Cancel,
     Command,
     Event,
@@ -48,6 +51,7 @@ log = logging.getLogger(__name__)
 MAX_DEATHS: Final = 5
 DEATH_WINDOW: Final = 60.0
 MAX_BACKOFF: Final = 5.0
+MAX_ATTEMPTS: Final = 2
 STOP_SECONDS: Final = 5.0
 DRAIN_SECONDS: Final = 0.05
 KEPT_STDERR_LINES: Final = 12
@@ -150,7 +154,7 @@ class ProcessEngineClient(StreamingClient):
         while True:
             death = await self._run_once()
             self._set_state("restarting", death.reason)
-            self._fail_all(death.reason)
+            self._fail_all(death.reason, _may_start_again)
             now = time.monotonic()
             deaths.append(now)
             often = len(deaths) == MAX_DEATHS and now - deaths[0] < DEATH_WINDOW
@@ -170,6 +174,7 @@ class ProcessEngineClient(StreamingClient):
             lines.append("its last words were:")
             lines.extend(self._stderr)
         self._set_state("failed", "\n".join(lines))
+        self._fail_all(lines[0])
         log.error("%s", self._failure)
 
     async def _run_once(self) -> Death:
@@ -264,6 +269,7 @@ class ProcessEngineClient(StreamingClient):
             self._card = event.card
             if self._state != "stopped":
                 self._set_state("ready")
+                self._start_again()
         elif isinstance(event, Fatal):
             self._fatal = event
         elif isinstance(event, Loading):
@@ -271,6 +277,13 @@ class ProcessEngineClient(StreamingClient):
                 self._on_loading(event)
         else:
             self._dispatch(event)
+
+    def _start_again(self) -> None:
+        """Give a fresh engine what its predecessor had not finished. If it ends meanwhile, that will be noticed."""
+        with contextlib.suppress(EngineDead):
+            for entry in self.journal:
+                entry.num_attempts += 1
+                self._send(Add(entry.request))
 
     async def _relay_stderr(self, process: asyncio.subprocess.Process) -> None:
         """Pass the engine's stderr on, and keep the last lines for the message of a failure."""
@@ -280,6 +293,10 @@ class ProcessEngineClient(StreamingClient):
             self._stderr.extend(line for line in text.splitlines() if line.strip())
             sys.stderr.write(text)
             sys.stderr.flush()
+
+
+def _may_start_again(entry: JournalEntry) -> bool:
+    return entry.request.pooling is not None and entry.num_attempts < MAX_ATTEMPTS
 
 
 def _private_directory() -> str:

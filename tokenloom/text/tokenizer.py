@@ -80,12 +80,32 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of each text, as `encode` gives them."""
+        return [encoding.ids for encoding in self._encodings(texts, add_special_tokens)]
+
+    def _encodings(self, texts: Sequence[str], add_special_tokens: bool) -> list[tokenizers.Encoding]:
         try:
-            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+            return self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         except TypeError:
             # JSON may spell half of a surrogate pair ("\\ud800"), which is no character and has no tokens.
             raise InvalidParameter("prompt", texts, "text of valid Unicode characters") from None
-        return [encoding.ids for encoding in encodings]
+
+    def encode_truncated(
+        self, texts: Sequence[str], max_tokens: int, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Token ids of the beginning of each text, at most `max_tokens` with those that `add_special_tokens` puts
+        around it. Raises `InvalidParameter` where these alone are too many."""
+        found = []
+        for encoding in self._encodings(texts, add_special_tokens):
+            ids = list(encoding.ids)
+            if len(ids) > max_tokens:
+                mask = encoding.special_tokens_mask
+                num_behind = next((i for i, special in enumerate(reversed(mask)) if not special), len(mask))
+                if max_tokens <= sum(mask):
+                    limit = f"at least {sum(mask) + 1}: a text has {sum(mask)} special tokens around it"
+                    raise InvalidParameter("truncate_prompt_tokens", max_tokens, limit)
+                ids = ids[: max_tokens - num_behind] + ids[len(ids) - num_behind :]
+            found.append(ids)
+        return found
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`, equal to what `IncrementalDetokenizer` streams; unknown ids add nothing.

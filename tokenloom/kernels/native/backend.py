@@ -92,6 +92,7 @@ class NativeBackend:
             spec.name: self._model.buffer(spec.width, spec.dtype == "activation") for spec in program.buffers
         }
         formats = self._build()
+        self._width = next(spec.width for spec in program.buffers if spec.name == program.head.source)
         self._numerics_id = f"native-{NUMERICS_VERSION}-{dtype}-{'+'.join(formats)}-{kv_dtype}"
         # The model holds what it needs.
         self._weights = {}
@@ -120,12 +121,15 @@ class NativeBackend:
             np.zeros(count, np.int32),
         )
         top_ids, top_logprobs = np.zeros(room, np.int32), np.zeros(room, np.float32)
+        hidden = np.zeros((len(batch.hidden_rows), self._width), np.float32)
         try:
             self._model.step(
                 _batch_arrays(self._native, batch),
                 _entry_arrays(self._native, entries),
                 [_edit(entry, edit) for entry, edit in entries.edits.items()],
                 self._native.Results(tokens, logprobs, ranks, top_ids, top_logprobs),
+                batch.hidden_rows,
+                hidden,
             )
         except MemoryError as error:
             raise StepFailed from error
@@ -133,7 +137,7 @@ class NativeBackend:
         for i in np.flatnonzero(entries.num_logprobs >= 0).tolist():
             span = slice(int(ends[i] - wanted[i]), int(ends[i]))
             tops[i] = TopLogprobs(top_ids[span], top_logprobs[span], int(ranks[i]))
-        return StepResult(tokens, logprobs, tops)
+        return StepResult(tokens, logprobs, tops, hidden=hidden)
 
     def logits(self, rows: NDArray[np.int32]) -> Float32:
         """fp32 [n, vocabulary]: logits of rows of the last batch, which asked for some."""

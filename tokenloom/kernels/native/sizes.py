@@ -83,7 +83,15 @@ def step_bytes(
         total += members[op.down[0]] * (buffers[op.source] + _row_bytes(hidden, dtype) + _MEMBER_BYTES)
     total += _TILE_ROWS * (buffers[program.head.source] + 4 * _padded(program.vocab_size))
     total += num_threads * _SAMPLER_BYTES * program.vocab_size
+    total += hidden_bytes(program, max_batch_tokens)
     return total + _attention_bytes(program, kv_dtype, max_batch_tokens, max_context, num_threads)
+
+
+def hidden_bytes(program: Program, max_batch_tokens: int) -> int:
+    """What the hidden rows of a step take that pools every row, and the blocks in which they are summed
+    (`tokenloom.engine.pooling`)."""
+    width = next(buffer.width for buffer in program.buffers if buffer.name == program.head.source)
+    return (4 * max_batch_tokens + 2 * 8 * (_TILE_ROWS + 1)) * width
 
 
 def _attention_bytes(

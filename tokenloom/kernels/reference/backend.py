@@ -74,7 +74,9 @@ class ReferenceBackend:
         try:
             with np.errstate(all="ignore"):
                 self._hidden = interpreter.run(batch)
-                return sampler.sample(self._hidden, batch.logit_rows)
+                result = sampler.sample(self._hidden, batch.logit_rows)
+                result.hidden = self._hidden[batch.hidden_rows]
+                return result
         except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError) as error:
             raise StepFailed from error
 
@@ -114,6 +116,9 @@ class ReferenceBackend:
         _within("parents", batch.parents - np.arange(rows), -rows - 1, 0)
         _within("logit_rows.rows", entries.rows, 0, rows)
         _within("logit_rows.targets", entries.targets, -1, self._vocab_size)
+        _within("hidden_rows", batch.hidden_rows, 0, rows)
+        if (np.diff(batch.hidden_rows) < 1).any():
+            raise ValueError("hidden_rows do not rise")
         if (batch.adapter_slots >= 0).any():
             raise UnsupportedFeature("an adapter slot", "the reference backend runs the base model only")
         if (batch.work == Work.TRAIN).any():
