@@ -1,4 +1,5 @@
-"""Random-weight Llama models S, M and L (bf16, Hugging Face format) with a small BPE tokenizer.
+"""Random-weight models (bf16, Hugging Face format) with a small BPE tokenizer: Llama in the sizes S, M and L, and
+E, a mixture of experts.
 
     python make_models.py --out DIR [--only S,M,L]
 
@@ -15,7 +16,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 SHAPES: dict[str, dict[str, int | float]] = {
     "S": {
@@ -44,6 +51,21 @@ SHAPES: dict[str, dict[str, int | float]] = {
         "num_key_value_heads": 8,
         "vocab_size": 128_256,
         "rope_theta": 500_000.0,
+    },
+    # Experts: 1.08 B parameters, of which a token uses 0.18 B.
+    "E": {
+        "hidden_size": 1024,
+        "moe_intermediate_size": 256,
+        "intermediate_size": 4096,
+        "num_experts": 80,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 32_000,
+        "rope_theta": 1_000_000.0,
     },
 }
 LEARNT_TOKENS = 16_000
@@ -86,8 +108,11 @@ def make_model(name: str, out: Path) -> None:
     shape = SHAPES[name]
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(
-        LlamaConfig(
+    config, kind = (
+        (Qwen3MoeConfig, Qwen3MoeForCausalLM) if "num_experts" in shape else (LlamaConfig, LlamaForCausalLM)
+    )
+    model = kind(
+        config(
             **shape,
             tie_word_embeddings=True,
             max_position_embeddings=8192,
@@ -95,7 +120,6 @@ def make_model(name: str, out: Path) -> None:
             bos_token_id=1,
             eos_token_id=2,
             attention_bias=False,
-            mlp_bias=False,
             initializer_range=0.02,
         )
     ).to(torch.bfloat16)

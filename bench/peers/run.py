@@ -245,7 +245,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default="M", help="S, M, L or the directory of a checkpoint (default M)")
+    add("--model", default="M", help="S, M, L, E or the directory of a checkpoint (default M)")
     add("--precision", type=_list_of(variants.PRECISIONS), default=["bf16"], help="bf16,int8,int4 (bf16)")
     add("--workload", type=_workloads, default=list(workloads.DEFAULT), help=",".join(workloads.DEFAULT))
     peers = (*variants.PEERS, *variants.MORE_PEERS)
