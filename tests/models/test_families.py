@@ -176,6 +176,7 @@ def logits_of(executor: LocalExecutor, text: list[int], chunks: list[int]) -> ND
     return np.concatenate(found)
 
 
+@pytest.mark.column("fp32")
 @pytest.mark.parametrize("name", FAMILIES)
 @each_numerics(Numerics(), NATIVE[0])
 def test_logits_equal_those_of_transformers(name: str, numerics: Numerics) -> None:
@@ -185,6 +186,12 @@ def test_logits_equal_those_of_transformers(name: str, numerics: Numerics) -> No
     np.testing.assert_allclose(found, expected(name), rtol=1e-4, atol=1e-4)
 
 
+def format_of(numerics: Numerics) -> str:
+    """The column of a format in the table of docs/models.md."""
+    return numerics.weights or ("int8 KV" if numerics.kv_dtype == "int8" else "bf16")
+
+
+@pytest.mark.column.with_args(format_of)
 @pytest.mark.parametrize("name", FAMILIES)
 @each_numerics(*NATIVE[1:])
 def test_formats_stay_near_and_do_not_depend_on_chunks(name: str, numerics: Numerics) -> None:

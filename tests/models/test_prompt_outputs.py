@@ -78,6 +78,7 @@ def answers(engine: Engine) -> dict[str, Answer]:
 
 
 @each_family
+@pytest.mark.column("outputs")
 @each_numerics(Numerics(), NATIVE[0])
 def test_scores_and_embeddings_equal_those_of_transformers(name: str, numerics: Numerics) -> None:
     text = families.tokens(name)
@@ -121,6 +122,7 @@ def crowd(text: list[int]) -> list[Request]:
 
 
 @each_family
+@pytest.mark.column("cache")
 @each_numerics(*REFERENCE, *NATIVE)
 def test_they_depend_on_nothing_but_the_prompt(name: str, numerics: Numerics) -> None:
     text = families.tokens(name)
