@@ -37,24 +37,28 @@ async def run_benchmark(
     does not ask), or refuses it.
     """
     prompts = None if vocabulary is None else Prompts(vocabulary, seed)
-    warm = None if vocabulary is None else Prompts(vocabulary, seed + _WARM_UP_SEED)
+    others = None if vocabulary is None else Prompts(vocabulary, seed + _WARM_UP_SEED)
 
-    def encode(turn: Turn, number: int, source: Prompts | None = prompts) -> bytes:
-        if turn.text is not None or source is None:
-            return target.encode(turn.text or "", turn.output_tokens)
-        return target.encode(source.make(turn, number), turn.output_tokens)
+    def encode(turn: Turn, number: int) -> bytes:
+        prompt = turn.text if prompts is None else prompts.make(turn, number)
+        return target.encode(prompt or "", turn.output_tokens)
+
+    def encode_warm_up(turn: Turn, number: int) -> bytes:
+        # A text that begins differently shares no prefix with the one that is sent later.
+        prompt = f"{number} {turn.text}" if others is None or turn.text else others.make(turn, number)
+        return target.encode(prompt, turn.output_tokens)
 
     clock = Clock()
     async with Client(target, clock) as client:
         turns = [turn for session in sessions for turn in session.turns[:1]]
         if ready_timeout and turns:
             probe = replace(turns[0], input_tokens=min(turns[0].input_tokens, 32), output_tokens=1, blocks=())
-            await _wait_ready(client, encode(probe, 0, warm), ready_timeout, target.url)
+            await _wait_ready(client, encode_warm_up(probe, 0), ready_timeout, target.url)
         if num_warmups:
             repeated = [turns[number % len(turns)] for number in range(num_warmups)]
             loader = Loader(
                 client,
-                lambda turn, number: encode(turn, number, warm),
+                encode_warm_up,
                 clock,
                 max_concurrency=max_concurrency,
                 first_number=1,

@@ -42,7 +42,7 @@ class Chunk(msgspec.Struct):
 
     choices: list[Choice] = []
     usage: Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 _decode = msgspec.json.Decoder(Chunk).decode
@@ -140,7 +140,9 @@ class StreamState:
         self._chat = chat
         self._chunks = 0
         self._counted = 0
+        self._counts_chunks = False
         self._finished = False
+        self._latest = 0.0
 
     def take(self, event: bytes, now: float) -> None:
         """One event's data, that arrived at `now`. Raises `msgspec.DecodeError` for what is no chunk."""
@@ -151,27 +153,37 @@ class StreamState:
         chunk = _decode(event)
         if chunk.error is not None and not record.error:
             record.error = "error in the stream"
-            record.detail = bytes(chunk.error).decode(errors="replace")[:DETAIL_CHARS]
+            record.detail = msgspec.json.encode(chunk.error).decode(errors="replace")[:DETAIL_CHARS]
+        if chunk.choices:
+            self._latest = now
+        last = any(choice.finish_reason for choice in chunk.choices)
+        self._finished = self._finished or last
         has_tokens = any(self._has_text(choice) for choice in chunk.choices)
         if chunk.usage is not None:
-            if chunk.usage.prompt_tokens is not None:
-                record.input_tokens = chunk.usage.prompt_tokens
-            if chunk.usage.completion_tokens is not None:
-                record.output_tokens = chunk.usage.completion_tokens
-                if chunk.choices:
-                    # The server says how many tokens there are, also those without a text.
-                    has_tokens = chunk.usage.completion_tokens > self._counted
-                    self._counted = chunk.usage.completion_tokens
-        if any(choice.finish_reason for choice in chunk.choices):
-            self._finished = True
-        if not has_tokens:
-            return
-        self._chunks += 1
-        if record.first < 0:
-            record.first = now
-        else:
-            record.gaps.append(now - record.last)
-        record.last = now
+            has_tokens = self._count(chunk.usage, bool(chunk.choices), last, has_tokens)
+        if has_tokens:
+            self._chunks += 1
+            if record.first < 0:
+                record.first = now
+            else:
+                record.gaps.append(now - record.last)
+            record.last = now
+
+    def _count(self, usage: Usage, has_choices: bool, last: bool, has_text: bool) -> bool:
+        """Keep the server's counts; returns whether the chunk brought tokens."""
+        record = self._record
+        if usage.prompt_tokens is not None:
+            record.input_tokens = usage.prompt_tokens
+        if usage.completion_tokens is None:
+            return has_text
+        record.output_tokens = usage.completion_tokens
+        if not has_choices or (last and not self._counts_chunks):
+            # The sum at the end says nothing about this chunk.
+            return has_text
+        self._counts_chunks = True
+        more = usage.completion_tokens > self._counted
+        self._counted = usage.completion_tokens
+        return more
 
     def _has_text(self, choice: Choice) -> bool:
         """Whether a chunk without usage brings tokens. The first chunk of a chat brings only a role; one of a
@@ -186,6 +198,10 @@ class StreamState:
         record = self._record
         if record.output_tokens < 0 and self._chunks:
             record.output_tokens = self._chunks
+        if not self._chunks and record.output_tokens > 0:
+            # All tokens came without a text: they were there when the last chunk was.
+            self._chunks = 1
+            record.first = record.last = self._latest
         if record.error:
             return
         if not self._finished:

@@ -10,7 +10,7 @@ from tokenloom.errors import InvalidParameter
 
 METRICS: Final = {
     "ttft": "time to first token",
-    "tpot": "time per output token after the first",
+    "tpot": "time per output token",
     "itl": "inter-token latency",
     "e2el": "end-to-end latency",
 }

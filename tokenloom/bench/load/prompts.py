@@ -90,7 +90,7 @@ def word_vocabulary(candidates: Sequence[str], count: Callable[[str], int]) -> V
     if len(words) < MIN_WORDS:
         limit = f"at least {MIN_WORDS} words of one token each, for prompts of an exact length as text"
         raise InvalidParameter("--tokenizer", f"{len(words)} words", limit)
-    shuffled = np.random.default_rng(0).permutation(words * 2).tolist()
+    shuffled = np.random.default_rng(0).permutation(words * max(2, MAX_WORDS // len(words))).tolist()
     if (found := length(shuffled)) != len(shuffled):
         limit = f"{len(shuffled)}: words whose number of tokens does not depend on their neighbours"
         raise InvalidParameter("--tokenizer", f"{found} tokens", limit)

@@ -142,9 +142,8 @@ def limit_tokens(sessions: Iterable[Session], most: int) -> tuple[list[Session],
 def first_requests(sessions: Iterable[Session], most: int) -> list[Session]:
     """The sessions that hold the first `most` requests, the last one cut short. Reads no further."""
     taken: list[Session] = []
-    for session in sessions:
-        if most <= 0:
-            break
+    waiting = iter(sessions)
+    while most > 0 and (session := next(waiting, None)) is not None:
         turns: list[Turn] = []
         for turn in session.turns:
             if most <= 0:
