@@ -8,6 +8,10 @@ that environment is a third (it replays no Azure trace, so all three then send r
 With --together both send at the same time: the server then sees the load twice, and both see the same server,
 whatever else the machine does meanwhile. That is the way on a machine that is not quiet.
 
+With --synthetic the server is one of this script that computes nothing: a prompt of n tokens takes 100 ms and
+0.2 ms for each of them, a token 30 ms, give or take a third (by a hash of the request). So what is compared are
+the generators alone, and what they should have seen is known and printed too.
+
 A request counts from when it was due here, as in tokenloom; vLLM counts from when it is sent.
 
     python bench/load_check.py --base-url http://127.0.0.1:8000 --trace AzureLLMInferenceTrace_conv.csv --json
@@ -159,6 +163,53 @@ async def together(
     return await ours, theirs
 
 
+def synthetic_times(prompt: list[int], output: int) -> tuple[float, list[float]]:
+    """Seconds until the first token, and between each two."""
+    draw = random.Random(sum(prompt) * 1009 + output)
+    first = (0.1 + 0.0002 * len(prompt)) * draw.uniform(2 / 3, 4 / 3)
+    return first, [0.03 * draw.uniform(2 / 3, 4 / 3) for _ in range(output - 1)]
+
+
+async def serve_synthetic() -> None:
+    """Print the port and serve; at the end of the input, print what clients should have seen."""
+    from aiohttp import web
+
+    seen: dict[str, Any] = {name: [] for name in ("ttft", "tpot", "itl", "e2el")}
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        now = asyncio.get_running_loop().time()
+        first, gaps = synthetic_times(body["prompt"], body["max_tokens"])
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for gap in [first, *gaps]:
+            now += gap
+            await asyncio.sleep(now - asyncio.get_running_loop().time())
+            await response.write(b'data: {"id":"","object":"","created":0,"model":"","choices":[{"index":0,')
+            await response.write(b'"text":"w","logprobs":null,"finish_reason":null}]}\n\n')
+        count = len(gaps) + 1
+        total = {"prompt_tokens": len(body["prompt"]), "completion_tokens": count, "total_tokens": 0}
+        end = {"id": "", "object": "", "created": 0, "model": "", "choices": [], "usage": total}
+        await response.write(f"data: {json.dumps(end)}\n\ndata: [DONE]\n\n".encode())
+        if count > 2:
+            seen["ttft"].append(first)
+            seen["itl"] += gaps
+            seen["e2el"].append(first + sum(gaps))
+            seen["tpot"].append(sum(gaps) / len(gaps))
+        return response
+
+    app = web.Application(client_max_size=1 << 26)
+    app.router.add_post("/v1/completions", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    print(runner.addresses[0][1], flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    print(json.dumps({**seen, "tokens": 0, "requests": 0, "seconds": float("nan")}))
+    await runner.cleanup()
+
+
 def vllm(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
     """One round of `vllm bench serve` in a process of its own."""
     command = [
@@ -242,6 +293,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vllm", default="", help="python of an environment with vLLM")
     parser.add_argument("--tokenizer", default="", help="directory of the tokenizer, for vLLM")
+    parser.add_argument("--synthetic", action="store_true", help="a server with known latencies")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--together", action="store_true", help="both at the same time")
     parser.add_argument("--quick", action="store_true", help="one short round")
     parser.add_argument("--json", action="store_true")
@@ -253,27 +306,44 @@ def main() -> None:
     if options.quick:
         options.rounds, options.num_prompts = 1, 30
 
+    if options.serve:
+        asyncio.run(serve_synthetic())
+    elif options.synthetic:
+        with subprocess.Popen(
+            [sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as server:
+            assert server.stdout is not None
+            options.base_url, options.model = f"http://127.0.0.1:{server.stdout.readline().strip()}", "m"
+            rounds = run_rounds(options)
+            truth = json.loads(server.communicate()[0])
+        report({**rounds, "the server": [truth]}, options.json)
+    else:
+        report(run_rounds(options), options.json)
+
+
+def run_rounds(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """The samples of every round by generator, which take turns to begin."""
     seeds = iter(random.Random(time.time_ns()).sample(range(1, 1 << 30), 3 * options.rounds))
     rounds: dict[str, list[dict[str, Any]]] = {"tokenloom": [], "openai client": []}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(options.rounds):
-            seed = next(seeds)
+            seed, other = next(seeds), next(seeds)
             asks = read_azure(options.trace, options) if options.trace else random_asks(options, seed)
             turns = ["tokenloom", "openai client"]
             if options.together:
-                both = asyncio.run(together(options, asks, seed, next(seeds), Path(folder)))
+                both = asyncio.run(together(options, asks, seed, other, Path(folder)))
                 for name, samples in zip(turns, both, strict=True):
                     rounds[name].append(samples)
                 turns = []
             for name in turns if number % 2 == 0 else turns[::-1]:
                 if name == "tokenloom":
-                    rounds[name].append(tokenloom(options, next(seeds), Path(folder)))
+                    rounds[name].append(tokenloom(options, other, Path(folder)))
                 else:
                     rounds[name].append(asyncio.run(replay(options, asks, seed)))
             if options.vllm:
-                rounds.setdefault("vllm", []).append(vllm(options, seed, Path(folder)))
+                rounds.setdefault("vllm", []).append(vllm(options, next(seeds), Path(folder)))
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
-    report(rounds, options.json)
+    return rounds
 
 
 def report(rounds: dict[str, list[dict[str, Any]]], as_json: bool) -> None:
@@ -285,8 +355,8 @@ def report(rounds: dict[str, list[dict[str, Any]]], as_json: bool) -> None:
     for figure in FIGURES + RATES:
         ratios = "".join(f"{found['tokenloom'][figure] / found[name][figure]:17.3f}" for name in others)
         print(f"{figure:22}" + "".join(f"{found[name][figure]:15.3f}" for name in found) + ratios)
-    if len(next(iter(single.values()))) > 1:
-        for name, each in single.items():
+    for name, each in single.items():
+        if len(each) > 1:
             values = [one["p50_ttft_ms"] for one in each]
             spread = (max(values) - min(values)) / statistics.median(values)
             print(f"rounds of {name}: median TTFT within {spread:.1%} of each other")
