@@ -40,6 +40,14 @@ FIGURES = [
     f"{p}_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el") for p in ("mean", "p50", "p90", "p99")
 ]
 START_SECONDS = 1.0
+# The command line of vLLM itself asks for the version of a package of that name; its CPU wheels may have another.
+VLLM_BENCH_SERVE = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
 RATES = ["request_throughput", "output_throughput"]
 
 
@@ -215,8 +223,8 @@ def vllm(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]
     command = [
         options.vllm,
         "-c",
-        "from vllm.entrypoints.cli.main import main; main()",
-        *("bench", "serve", "--backend", "openai", "--tokenizer", options.tokenizer),
+        VLLM_BENCH_SERVE,
+        *("--backend", "openai", "--tokenizer", options.tokenizer),
         *_common(options, seed, folder / "vllm.json"),
         *("--disable-tqdm", "--dataset-name", "random", *_random(options)),
     ]

@@ -293,6 +293,44 @@ def test_wrong_options_of_a_sweep(args: list[str], name: str) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_sweep_over_sessions_is_refused(tmp_path: Path) -> None:
+    turn = {"t": 0.0, "in": 130, "out": 3, "hash_runs": [[1, 2]], "think_time": 0}
+    trace = tmp_path / "t.jsonl"
+    trace.write_text(json.dumps({"block_size": 64, "hash_id_scope": "local", "requests": [turn]}))
+    result = run("sweep", "--trace", str(trace), "--goodput", "ttft:1")
+    assert result.exit_code == 1
+    assert "coding-agent" in result.stderr
+
+
+def test_a_probe_that_num_prompts_cuts_short_is_warned_of() -> None:
+    with fake(FakeServer(answer)) as server:
+        result = run(
+            *(
+                "sweep",
+                "--base-url",
+                server.url,
+                "--vocab-size",
+                "50",
+                "--random-input-len",
+                "8",
+                "--start",
+                "40",
+            ),
+            *(
+                "--random-output-len",
+                "2",
+                "--goodput",
+                "ttft:60000",
+                "--max-probes",
+                "1",
+                "--num-prompts",
+                "20",
+            ),
+        )
+    assert result.exit_code == 0
+    assert "lasts only 0.5 s" in result.stderr
+
+
 def test_no_server_is_one_line() -> None:
     result = run(
         "serve", "--port", "9", "--vocab-size", "50", "--model", "m", "--ready-check-timeout-sec", "0.1"

@@ -70,7 +70,7 @@ def serve(options: LoadOptions, output: Output) -> None:
     from tokenloom.bench.load.assembly import make_target, make_workload
     from tokenloom.bench.load.benchmark import run_benchmark
     from tokenloom.bench.load.plot import plot_run
-    from tokenloom.bench.load.report import counts_table, details, error_table, latency_table, result
+    from tokenloom.bench.load.report import counts_table, details, error_table, latency_table
     from tokenloom.bench.load.runner import run_async
     from tokenloom.bench.load.workload import count_turns
 
@@ -107,8 +107,7 @@ def serve(options: LoadOptions, output: Output) -> None:
         plot_run(run.records, output.plot)
     settings = _settings(options, output, model)
     settings |= {"workload": workload.format, "requests_left_out": workload.left_out}
-    found = result(settings, report)
-    _finish(options, output, found, details(run) if output.save_detailed else {})
+    _finish(options, output, settings | report.as_dict(), details(run) if output.save_detailed else {})
     if report.interrupted:
         raise typer.Exit(INTERRUPTED)
     if not report.completed:
@@ -117,14 +116,7 @@ def serve(options: LoadOptions, output: Output) -> None:
 
 def sweep(options: LoadOptions, search: SweepOptions, output: Output) -> None:
     """Look for the highest load that meets the objectives. Exit code 1 if none was found."""
-    if not options.objectives:
-        raise InvalidParameter("--goodput", "nothing", "given: it says what the highest load has to meet")
-    if options.request_rate is not None:
-        raise InvalidParameter("--request-rate", options.request_rate, "left out: it is what is looked for")
-    if options.speed != 1:
-        raise InvalidParameter("--speed", options.speed, "left out: it is what is looked for")
-    if output.save_detailed:
-        raise InvalidParameter("--save-detailed", True, "left out: a sweep saves figures only")
+    _check_sweep(options, output)
     _check_modules(output)
     from tokenloom.bench.load.assembly import make_target, make_workload
     from tokenloom.bench.load.benchmark import run_benchmark
@@ -133,9 +125,11 @@ def sweep(options: LoadOptions, search: SweepOptions, output: Output) -> None:
     from tokenloom.bench.load.sweep import Probe, find_load
 
     first = make_workload(options)
-    # Sessions of a closed loop have no times of their own: what can be raised is how many start.
-    by_speed = bool(options.trace) and first.format != "coding-agent"
-    variable = "speed" if by_speed else "requests/s" if not options.trace else "sessions/s"
+    if first.format == "coding-agent":
+        reason = "in a closed loop there is no rate to raise; run `bench serve` with more or fewer sessions"
+        raise UnsupportedFeature("a sweep over sessions of a coding-agent trace", reason)
+    by_speed = bool(options.trace)
+    variable = "speed" if by_speed else "requests/s"
     model, vocabulary = _ask_server(options, first.sessions)
     target = make_target(options, model)
     console = Console(stderr=True)
@@ -148,9 +142,13 @@ def sweep(options: LoadOptions, search: SweepOptions, output: Output) -> None:
         else:
             count = max(search.min_requests, ceil(load * search.probe_seconds))
             probe = replace(probe, request_rate=load, num_prompts=min(count, options.num_prompts))
+        sessions = make_workload(probe).sessions
+        if not by_speed and len(sessions) < count:
+            lasts = f"a probe at {load:,.3f} requests/s lasts only {len(sessions) / load:,.1f} s"
+            console.print(f"warning: {lasts}: it has {len(sessions)} requests, see --num-prompts")
         run = await run_benchmark(
             target,
-            make_workload(probe).sessions,
+            sessions,
             vocabulary,
             seed=probe.seed,
             num_warmups=probe.num_warmups,
@@ -189,8 +187,22 @@ def sweep(options: LoadOptions, search: SweepOptions, output: Output) -> None:
         "probes": [{"load": probe.load, **probe.report.as_dict()} for probe in found.probes],
     }
     _finish(options, output, settings, {})
+    if found.interrupted:
+        raise typer.Exit(INTERRUPTED)
     if not found.best:
         raise typer.Exit(1)
+
+
+def _check_sweep(options: LoadOptions, output: Output) -> None:
+    """Raise `InvalidParameter` for options that make no sense where the load is looked for."""
+    if not options.objectives:
+        raise InvalidParameter("--goodput", "nothing", "given: it says what the highest load has to meet")
+    if options.request_rate is not None:
+        raise InvalidParameter("--request-rate", options.request_rate, "left out: it is what is looked for")
+    if options.speed != 1:
+        raise InvalidParameter("--speed", options.speed, "left out: it is what is looked for")
+    if output.save_detailed:
+        raise InvalidParameter("--save-detailed", True, "left out: a sweep saves figures only")
 
 
 def _check_modules(output: Output) -> None:

@@ -54,7 +54,6 @@ def make_workload(options: LoadOptions) -> Workload:
     sessions = READERS[kind](path)
     if options.length_scale != 1:
         sessions = (scale_lengths(session, options.length_scale) for session in sessions)
-    # Cut before and after: no more of the file is read than needed, and no more is sent than asked for.
     left_out = 0
     if options.max_request_tokens:
         taken, left_out = _limited(sessions, options.max_request_tokens, options.num_prompts)

@@ -107,7 +107,8 @@ class Client:
             async with self._http.post(self._target.url, data=body) as response:
                 if response.status != 200:
                     record.error = f"HTTP {response.status}"
-                    record.detail = (await response.text(errors="replace"))[:DETAIL_CHARS]
+                    said = await response.content.read(4 * DETAIL_CHARS)
+                    record.detail = said.decode(errors="replace")[:DETAIL_CHARS]
                 elif response.content_type != "text/event-stream":
                     record.error = "no event stream"
                     record.detail = f"content type {response.content_type}"

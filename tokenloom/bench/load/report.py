@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
@@ -89,8 +89,3 @@ def details(run: Run) -> dict[str, list[Any]]:
 
 def _seconds(record: Record, value: float) -> float | None:
     return value if record.first >= 0 else None
-
-
-def result(settings: Mapping[str, Any], report: Report) -> dict[str, Any]:
-    """Settings and figures as one object."""
-    return {**settings, **report.as_dict()}

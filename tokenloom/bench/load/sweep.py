@@ -21,12 +21,14 @@ class Probe:
 @dataclass(slots=True)
 class Sweep:
     """What a sweep found. `best` is the highest load that was seen to hold, 0 if none did; `failing` the lowest
-    that did not, infinite if all did. `converged` is whether they are within the tolerance."""
+    that did not, infinite if all did. `converged` is whether they are within the tolerance, `interrupted`
+    whether somebody stopped it."""
 
     probes: list[Probe] = field(default_factory=list)
     best: float = 0.0
     failing: float = float("inf")
     converged: bool = False
+    interrupted: bool = False
 
 
 async def find_load(
@@ -51,6 +53,7 @@ async def find_load(
     while len(sweep.probes) < max_probes:
         report = await measure(load, len(sweep.probes))
         if report.interrupted:
+            sweep.interrupted = True
             break
         probe = Probe(load, report.attainment or 0.0, report)
         sweep.probes.append(probe)
