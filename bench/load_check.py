@@ -8,9 +8,9 @@ that environment is a third (it replays no Azure trace, so all three then send r
 With --together both send at the same time: the server then sees the load twice, and both see the same server,
 whatever else the machine does meanwhile. That is the way on a machine that is not quiet.
 
-With --synthetic the server is one of this script that computes nothing: a prompt of n tokens takes 100 ms and
-0.2 ms for each of them, a token 30 ms, give or take a third (by a hash of the request). So what is compared are
-the generators alone, and what they should have seen is known and printed too.
+With --synthetic the server is one of this script that computes nothing: the first token takes 150 ms, every other
+one 30 ms, each give or take a third (by a hash of the request). So what is compared are the generators alone, and
+what they should have seen is known and printed too.
 
 A request counts from when it was due here, as in tokenloom; vLLM counts from when it is sent.
 
@@ -171,11 +171,10 @@ async def together(
     return await ours, theirs
 
 
-def synthetic_times(prompt: list[int], output: int) -> tuple[float, list[float]]:
+def synthetic_times(prompt: list[int] | str, output: int) -> tuple[float, list[float]]:
     """Seconds until the first token, and between each two."""
-    draw = random.Random(sum(prompt) * 1009 + output)
-    first = (0.1 + 0.0002 * len(prompt)) * draw.uniform(2 / 3, 4 / 3)
-    return first, [0.03 * draw.uniform(2 / 3, 4 / 3) for _ in range(output - 1)]
+    draw = random.Random(f"{prompt} {output}")
+    return 0.15 * draw.uniform(2 / 3, 4 / 3), [0.03 * draw.uniform(2 / 3, 4 / 3) for _ in range(output - 1)]
 
 
 async def serve_synthetic() -> None:
