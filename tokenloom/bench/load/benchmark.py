@@ -89,6 +89,8 @@ async def _wait_ready(client: Client, body: bytes, timeout: float, url: str) -> 
         # 503 is a server that loads, 429 one that is busy; other refusals stay.
         if record.error.startswith("HTTP 4") and record.error != "HTTP 429":
             raise TokenloomError(f"{url} refused the first request: {record.error}: {record.detail}")
+        if record.error in ("invalid URL", "no event stream"):
+            raise TokenloomError(f"{url}: {record.error}: {record.detail}")
         if loop.time() + RETRY_SECONDS > end:
             raise TokenloomError(
                 f"{url} did not answer within {timeout:g} s: {record.error} {record.detail}".rstrip()

@@ -9,10 +9,10 @@ from tokenloom.bench.load.records import Record
 from tokenloom.errors import InvalidParameter
 
 METRICS: Final = {
-    "ttft": "time to first token",
-    "tpot": "time per output token",
-    "itl": "inter-token latency",
-    "e2el": "end-to-end latency",
+    "ttft": "to first token",
+    "tpot": "per token after it",
+    "itl": "between chunks",
+    "e2el": "end to end",
 }
 GOODPUT_METRICS: Final = ("ttft", "tpot", "e2el")
 

@@ -30,6 +30,14 @@ def _at_least(low: float) -> dict[str, Any]:
     return {"check": lambda value: low <= value < inf, "limit": f"at least {low}"}
 
 
+def _between(low: int, high: int) -> dict[str, Any]:
+    # What is allocated for a run grows with these numbers.
+    return {"check": lambda value: low <= value <= high, "limit": f"from {low} to {high}"}
+
+
+MAX_TOKENS = 10_000_000
+MAX_REQUESTS = 1_000_000
+
 _ABOVE_0: dict[str, Any] = {"check": lambda value: 0 < value < inf, "limit": "above 0"}
 _RATE: dict[str, Any] = {"check": lambda value: value > 0, "limit": "above 0, or inf"}
 
@@ -55,7 +63,9 @@ class LoadOptions:
     tokenizer: str = option(
         "", "Local directory with tokenizer.json; without it words are tried out at the server's /tokenize."
     )
-    vocab_size: int = option(0, "Draw token ids below this number; needs no tokenizer.", **_at_least(0))
+    vocab_size: int = option(
+        0, "Draw token ids below this number; needs no tokenizer.", **_between(0, MAX_TOKENS)
+    )
     prompt_form: Literal["auto", "ids", "text"] = option(
         "auto", "Made-up prompts as token ids (completions only) or as text. auto: ids where possible."
     )
@@ -76,32 +86,39 @@ class LoadOptions:
         check=lambda value: value == -1 or value > 0,
         limit="above 0, or -1",
     )
-    random_input_len: int = option(1024, "Mean prompt tokens of random prompts.", **_at_least(1))
-    random_output_len: int = option(128, "Mean output tokens of random prompts.", **_at_least(1))
+    random_input_len: int = option(1024, "Mean prompt tokens of random prompts.", **_between(1, MAX_TOKENS))
+    random_output_len: int = option(128, "Mean output tokens of random prompts.", **_between(1, MAX_TOKENS))
     random_range_ratio: float = option(
         0.0,
         "Random lengths are uniform from (1 - r) to (1 + r) times their mean.",
         check=lambda value: 0 <= value < 1,
         limit="at least 0 and below 1",
     )
-    random_prefix_len: int = option(0, "Tokens before each random prompt that all share.", **_at_least(0))
+    random_prefix_len: int = option(
+        0, "Tokens before each random prompt that all share.", **_between(0, MAX_TOKENS)
+    )
     trace: str = option("", "Replay this trace (may be gzip) instead of a dataset.")
     trace_format: Literal["auto", "azure", "mooncake", "aibrix", "coding-agent"] = option(
         "auto", "Format of the trace; auto looks at its first line."
     )
     speed: float = option(1.0, "Replay a trace this many times faster, think times too.", **_ABOVE_0)
     length_scale: float = option(
-        1.0, "Multiply all lengths of a trace; shared prefixes stay shared, texts become tokens.", **_ABOVE_0
+        1.0,
+        "Multiply all lengths of a trace; shared prefixes stay shared, texts become tokens.",
+        check=lambda value: 0 < value <= 100,
+        limit="above 0 and at most 100",
     )
     max_request_tokens: int = option(
         0, "Leave out requests of a trace with more tokens, prompt and output; 0 for none.", **_at_least(0)
     )
-    num_prompts: int = option(1000, "Requests to send at most; a trace is not read further.", **_at_least(1))
+    num_prompts: int = option(
+        1000, "Requests to send at most; a trace is not read further.", **_between(1, MAX_REQUESTS)
+    )
     num_warmups: int = option(
         0,
         "Requests sent beforehand, of the same shape and other content.",
         names=("--warmups",),
-        **_at_least(0),
+        **_between(0, MAX_REQUESTS),
     )
     seed: int = option(0, "Seed of lengths, arrivals and prompts.", **_at_least(0))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
@@ -23,13 +24,14 @@ from typing import Any, Final, NoReturn
 
 import msgspec
 
+from tokenloom.bench.load.options import MAX_TOKENS
 from tokenloom.bench.load.workload import Session, Turn
 from tokenloom.errors import InvalidParameter
 
 MOONCAKE_BLOCK: Final = 512
 MAX_LINE: Final = 64 << 20
 """Bytes of the longest line that is read."""
-MAX_TOKENS: Final = 10_000_000
+
 
 _AZURE_HEADER: Final = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
 
@@ -96,7 +98,7 @@ def read_lines(path: Path) -> Iterator[Line]:
                 text = data.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
                     yield Line(path, number, text)
-    except (OSError, EOFError, UnicodeDecodeError, gzip.zlib.error) as error:  # type: ignore[attr-defined]
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InvalidParameter(str(path), "a file", f"readable as text, or gzip of it ({error})") from None
 
 
