@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
 from rich.table import Table
@@ -29,7 +30,7 @@ def counts_table(report: Report) -> Table:
         ("output tokens/s", f"{plain['output_throughput']:,.1f}"),
         ("input and output tokens/s", f"{plain['total_token_throughput']:,.1f}"),
         ("most requests in flight", f"{report.max_concurrent_requests:,}"),
-        ("tokens per chunk", f"{report.tokens_per_chunk:.2f}"),
+        ("tokens per chunk", f"{report.tokens_per_chunk:.2f}" if report.completed else "–"),
     ]
     if report.good is not None:
         rows.append(("goodput, requests/s", f"{plain['request_goodput']:,.2f} ({report.attainment:.1%} met)"))
@@ -53,10 +54,12 @@ def latency_table(report: Report, metrics: Sequence[str] = tuple(METRICS)) -> Ta
     shown = {names[name]: report.latencies[name] for name in metrics} | {"sent late by (lag)": report.lag}
     for name, values in shown.items():
         wanted = [values.percentiles[p] for p in report.latencies["ttft"].percentiles]
-        table.add_row(
-            name, *(f"{value * 1e3:,.2f}" for value in (values.mean, values.median, values.std, *wanted))
-        )
+        table.add_row(name, *map(_milliseconds, (values.mean, values.median, values.std, *wanted)))
     return table
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.2f}" if isfinite(seconds) else "–"
 
 
 def error_table(report: Report) -> Table | None:
