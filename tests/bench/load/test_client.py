@@ -168,6 +168,7 @@ ERRORS: list[tuple[str, FakeServer, str, str]] = [
     ("400", scripted(status=400), "HTTP 400", "no"),
     ("429", scripted(status=429), "HTTP 429", "no"),
     ("503", scripted(status=503, error="<html>"), "HTTP 503", "<html>"),
+    ("terminal", scripted(status=500, error="a\x1b[2Jb\nc"), "HTTP 500", "a [2Jb c"),
     ("json", scripted(b"{}", content_type="application/json"), "no event stream", "application/json"),
     ("cut", scripted(text("a"), 0.02, "break"), "stream broke off", ""),
     ("cut before", scripted(0.02, "break"), "", ""),

@@ -108,7 +108,7 @@ class Client:
                 if response.status != 200:
                     record.error = f"HTTP {response.status}"
                     said = await response.content.read(4 * DETAIL_CHARS)
-                    record.detail = said.decode(errors="replace")[:DETAIL_CHARS]
+                    record.detail = _printable(said.decode(errors="replace"))
                 elif response.content_type != "text/event-stream":
                     record.error = "no event stream"
                     record.detail = f"content type {response.content_type}"
@@ -119,7 +119,7 @@ class Client:
             raise
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, TokenloomError) as error:
             record.error = _name(error, self._target.timeout, started=record.first >= 0)
-            record.detail = str(error)[:DETAIL_CHARS]
+            record.detail = _printable(str(error))
         finally:
             record.ended = self._clock()
 
@@ -154,7 +154,7 @@ class StreamState:
         chunk = _decode(event)
         if chunk.error is not None and not record.error:
             record.error = "error in the stream"
-            record.detail = msgspec.json.encode(chunk.error).decode(errors="replace")[:DETAIL_CHARS]
+            record.detail = _printable(msgspec.json.encode(chunk.error).decode(errors="replace"))
         if chunk.choices:
             self._latest = now
         last = any(choice.finish_reason for choice in chunk.choices)
@@ -211,6 +211,11 @@ class StreamState:
         elif not self._chunks:
             record.error = "no token"
             record.detail = "the stream ended without one"
+
+
+def _printable(text: str) -> str:
+    """The beginning of what a server said, without what would move a terminal's cursor."""
+    return "".join(c if c.isprintable() else " " for c in text[:DETAIL_CHARS])
 
 
 def _name(error: BaseException, timeout: float, *, started: bool) -> str:

@@ -7,6 +7,7 @@ from math import isfinite
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from tokenloom.bench.load.metrics import Report
 from tokenloom.bench.load.objectives import METRICS
@@ -71,7 +72,7 @@ def error_table(report: Report) -> Table | None:
     table.add_column("requests", justify="right")
     table.add_column("for example", overflow="fold")
     for name, (count, text) in report.errors.items():
-        table.add_row(name, f"{count:,}", text.replace("[", "\\["))
+        table.add_row(name, f"{count:,}", Text(text))
     return table
 
 
