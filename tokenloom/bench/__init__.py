@@ -1,1 +1,1 @@
-"""Measurements that use an engine: throughput, simulated load, capacity."""
+"""Measurements that use an engine: throughput, simulated load, capacity. And load on a server."""

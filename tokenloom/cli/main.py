@@ -11,6 +11,8 @@ import typer
 from typer.core import TyperGroup
 
 from tokenloom import __version__
+from tokenloom.bench.load.options import LoadOptions, SweepOptions
+from tokenloom.cli.load_options import LoadCommand, loading
 from tokenloom.cli.options import configured
 from tokenloom.config import Config
 from tokenloom.engine.sampling_params import SamplingParams
@@ -43,6 +45,15 @@ bench = typer.Typer(help="Measure the engine.", no_args_is_help=True, rich_marku
 app.add_typer(bench, name="bench")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object (as the last line).")]
+SaveResult = Annotated[bool, typer.Option("--save-result", help="Save the result as a JSON file.")]
+ResultDir = Annotated[str, typer.Option(help="Directory for the saved result; the current one if not given.")]
+ResultFilename = Annotated[
+    str, typer.Option(help="Name of the saved file; made of label, rate, model and date.")
+]
+Metadata = Annotated[list[str] | None, typer.Option(help="KEY=VALUE pairs that go into the result.")]
+Label = Annotated[str, typer.Option(help="Name of the run, in the result and its file's name.")]
+Plot = Annotated[Path | None, typer.Option(help="Draw the result into this PNG file.")]
+DisableTqdm = Annotated[bool, typer.Option("--disable-tqdm", help="Show no progress.")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 Seed = Annotated[int, typer.Option("--sampling-seed", help="Seed of the sampler; -1 draws one.")]
@@ -138,6 +149,76 @@ def roofline(*, config: Config, as_json: JsonFlag = False) -> None:
     from tokenloom.cli.roofline import run
 
     run(config, as_json)
+
+
+@bench.command("serve", cls=LoadCommand)
+@loading(LoadOptions)
+def bench_serve(
+    options: LoadOptions,
+    *,
+    save_result: SaveResult = False,
+    save_detailed: Annotated[
+        bool, typer.Option("--save-detailed", help="Save what each request saw, too.")
+    ] = False,
+    result_dir: ResultDir = "",
+    result_filename: ResultFilename = "",
+    metadata: Metadata = None,
+    label: Label = "",
+    plot: Plot = None,
+    disable_tqdm: DisableTqdm = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Put load on a server of the OpenAI API and measure what its clients see."""
+    from tokenloom.cli.load import Output, serve
+
+    serve(
+        options,
+        Output(
+            save_result=save_result,
+            save_detailed=save_detailed,
+            result_dir=result_dir,
+            result_filename=result_filename,
+            metadata=tuple(metadata or ()),
+            label=label,
+            plot=plot,
+            disable_tqdm=disable_tqdm,
+            as_json=as_json,
+        ),
+    )
+
+
+@bench.command("sweep", cls=LoadCommand)
+@loading(LoadOptions, SweepOptions)
+def bench_sweep(
+    options: LoadOptions,
+    search: SweepOptions,
+    *,
+    save_result: SaveResult = False,
+    result_dir: ResultDir = "",
+    result_filename: ResultFilename = "",
+    metadata: Metadata = None,
+    label: Label = "",
+    plot: Plot = None,
+    disable_tqdm: DisableTqdm = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Find the highest request rate (or speed of a trace) that meets the objectives of --goodput."""
+    from tokenloom.cli.load import Output, sweep
+
+    sweep(
+        options,
+        search,
+        Output(
+            save_result=save_result,
+            result_dir=result_dir,
+            result_filename=result_filename,
+            metadata=tuple(metadata or ()),
+            label=label,
+            plot=plot,
+            disable_tqdm=disable_tqdm,
+            as_json=as_json,
+        ),
+    )
 
 
 @app.command()
