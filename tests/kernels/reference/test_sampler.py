@@ -189,7 +189,11 @@ def test_a_broken_model_does_not_crash(value: float) -> None:
     ]
     sampler = Sampler(PackedLinear(np.eye(300, dtype=np.float32)))
     limit = np.finfo(np.float32).max
-    sampler.logits = lambda hidden, rows: np.fmin(np.fmax(hidden[rows], -np.inf), limit)  # type: ignore
+
+    def clipped(hidden: NDArray[np.float32], rows: NDArray[Any]) -> NDArray[np.float32]:
+        return np.fmin(np.fmax(hidden[rows], -np.inf), limit)
+
+    sampler.logits = clipped  # type: ignore[method-assign]
     with np.errstate(all="ignore"):
         found = sampler.sample(logits, logit_rows(entries))
     assert ((found.token_ids >= 0) & (found.token_ids < 300)).all()
