@@ -232,6 +232,11 @@ class AdapterPool:
         return len(self.pages.frames) - len(self._hot)
 
     @property
+    def num_hot_frames(self) -> int:
+        """Frames with an adapter that somebody runs or waits with."""
+        return len(self._hot)
+
+    @property
     def num_unleased_frames(self) -> int:
         """Frames that evicting all adapters that nobody runs with would give back."""
         leased = {frame for found in self.resident.values() if found.leases for frame in found.frames}

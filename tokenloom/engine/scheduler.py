@@ -130,7 +130,10 @@ class Scheduler:
         self.parked.blocked = None
         if not len(self.parked):
             return
-        ready = self.parked.fetch(now, len(self.running), self._promised_pages(), self.waiting.head(now))
+        promised = self._promised_pages()
+        if self.admission == "reserve":
+            promised = max(self._peak_pages() - len(self.cache.references), 0)
+        ready = self.parked.fetch(now, len(self.running), promised, self.waiting.head(now))
         for seq in ready:
             self._enqueue(seq)
         self._park_lost()
@@ -257,18 +260,15 @@ class Scheduler:
         return needed <= available and (self.admission == "optimistic" or self._peak_fits(seq))
 
     def _peak_fits(self, candidate: Sequence) -> bool:
-        """Whether the longest outputs of all that run and of `candidate` fit beside their adapters."""
-        everybody = [*self.running, candidate, *candidate.siblings]
-        everybody += [sibling for seq in self.running for sibling in seq.siblings]
-        demands = [Demand(len(seq.tokens), seq.max_length - len(seq.tokens)) for seq in everybody]
-        frames = {
-            frame
-            for adapter in {seq.request.adapter for seq in everybody} - {""}
-            for frame in self.adapters.resident[adapter].frames
-        }
+        """Whether the longest outputs of all that run and of `candidate` fit beside the adapters that stay."""
         pages = self.cache.pages
-        room = min(pages.max_pages, (pages.pool.num_frames - len(frames)) * pages.pages_per_frame)
-        return peak_pages(demands) <= room
+        frames = pages.pool.num_frames - self.adapters.num_hot_frames
+        return self._peak_pages(candidate) <= min(pages.max_pages, frames * pages.pages_per_frame)
+
+    def _peak_pages(self, *more: Sequence) -> int:
+        leaders = (*self.running, *more)
+        everybody = (*leaders, *(sibling for seq in leaders for sibling in seq.siblings))
+        return peak_pages(Demand(len(seq.tokens), seq.max_length - len(seq.tokens)) for seq in everybody)
 
     def _cached_pages(self, seq: Sequence) -> list[int]:
         """Resident pages of the longest known prefix. Prompt logprobs need every row computed: no hits then."""
