@@ -16,6 +16,7 @@ struct Batch {
     const int32_t* starts;       // [S + 1]
     const int32_t* page_tables;  // [S, table_width]
     int64_t table_width;
+    const int32_t* adapter_slots;  // [S] -1: none
 };
 
 }  // namespace tokenloom

@@ -78,8 +78,7 @@ class PackedLinear {
 
     // The product of x (float32 or uint16 [rows, k]) and the panels [begin, end), written into `out`.
     void linear(const Array& x, const Output& out, const std::string& isa, std::optional<Vector> bias,
-                std::optional<Rows> delta, const std::string& epilogue, float scale, int64_t begin,
-                std::optional<int64_t> end) const {
+                const std::string& epilogue, float scale, int64_t begin, std::optional<int64_t> end) const {
         const PackedMatrix& m = weight_.matrix;
         const LinearKernels& kernels = linear_kernels_for(find_isa(isa));
         LinearCall call{};
@@ -107,12 +106,6 @@ class PackedLinear {
         if (bias) {
             if (static_cast<int64_t>(bias->shape(0)) != m.n) refuse("bias must have a value per row of the weight");
             call.bias = bias->data();
-        }
-        if (delta) {
-            if (static_cast<int64_t>(delta->shape(0)) != call.rows || static_cast<int64_t>(delta->shape(1)) != m.n)
-                refuse("delta must be [rows, n]");
-            call.delta = delta->data();
-            call.delta_stride = m.n;
         }
         int64_t last = end.value_or(m.panels);
         if (begin < 0 || last < begin || last > m.panels) refuse("begin and end must lie within the panels");
@@ -257,7 +250,7 @@ void bind_linear(nb::module_& m) {
         .def_prop_ro("panels", [](const PackedLinear& p) { return p.matrix().panels; })
         .def_prop_ro("nbytes", [](const PackedLinear& p) { return packed_bytes(p.matrix()); })
         .def("linear", &PackedLinear::linear, nb::arg("x"), nb::arg("out"), nb::arg("isa") = "",
-             nb::arg("bias") = nb::none(), nb::arg("delta") = nb::none(), nb::arg("epilogue") = "none", nb::arg("scale") = 1.0f,
+             nb::arg("bias") = nb::none(), nb::arg("epilogue") = "none", nb::arg("scale") = 1.0f,
              nb::arg("begin") = 0, nb::arg("end") = nb::none())
         .def("quantize", &PackedLinear::quantize, nb::arg("x"), nb::arg("isa") = "")
         .def("unpack", &PackedLinear::unpack, nb::arg("row"));

@@ -64,7 +64,7 @@ KVFormat kv_format(const std::string& name) {
 struct BatchArrays {
     Array<int32_t> token_ids, positions, logical;
     Array<int64_t> slots;
-    Array<int32_t> parents, starts, page_tables, page_copies;
+    Array<int32_t> parents, starts, page_tables, adapter_slots, page_copies;
 };
 
 struct EntryArrays {
@@ -110,6 +110,7 @@ Batch view(const BatchArrays& a) {
     b.page_tables = a.page_tables.data();
     b.table_width = static_cast<int64_t>(a.page_tables.shape(1));
     if (static_cast<int64_t>(a.page_tables.shape(0)) != b.segments) refuse("page_tables must have a row per segment");
+    b.adapter_slots = of_length("adapter_slots", a.adapter_slots, b.segments);
     return b;
 }
 
@@ -215,6 +216,63 @@ void step(Model& model, const BatchArrays& arrays, const EntryArrays& entry_arra
     }
 }
 
+// (product, first panel, panels, half, rank) of each block.
+Model::AdapterLayout adapter_layout(const Array<int64_t>& shapes, const Array<float>& scales, const Array<int64_t>& a,
+                                    const Array<int64_t>& b, int64_t embedding_rank, float embedding_scale,
+                                    const Array<int64_t>& embedding_a, const Array<int64_t>& embedding_b) {
+    if (shapes.ndim() != 2 || shapes.shape(1) != 5) refuse("blocks must be [B, 5]");
+    const int64_t count = static_cast<int64_t>(shapes.shape(0));
+    of_length("scales", scales, count);
+    Model::AdapterLayout layout;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t* s = shapes.data() + i * 5;
+        if (s[3] < -1 || s[3] > 1 || s[4] < 1 || s[4] > kMaxRank) refuse("a block of rank " + std::to_string(s[4]));
+        layout.blocks.push_back(
+            {s[0], s[1], s[2], static_cast<int32_t>(s[3]), static_cast<int32_t>(s[4]), scales.data()[i]});
+    }
+    auto copy = [](const Array<int64_t>& from) { return std::vector<int64_t>(from.data(), from.data() + from.size()); };
+    layout.a = copy(a);
+    layout.b = copy(b);
+    layout.embedding_rank = embedding_rank;
+    layout.embedding_scale = embedding_scale;
+    layout.embedding_a = copy(embedding_a);
+    layout.embedding_b = copy(embedding_b);
+    return layout;
+}
+
+const int32_t* page_ids(const Array<int32_t>& pages) { return of_length("pages", pages, static_cast<int64_t>(pages.size())); }
+
+void bind_adapters(nb::class_<Model>& model) {
+    model
+        .def("write_pages",
+             [](Model& self, const Array<int32_t>& pages, int64_t page_bytes, const Array<uint8_t>& data) {
+                 if (page_bytes < 1 || static_cast<int64_t>(data.size()) != static_cast<int64_t>(pages.size()) * page_bytes)
+                     refuse("data must be the bytes of all pages");
+                 const int32_t* ids = page_ids(pages);
+                 nb::gil_scoped_release release;
+                 self.write_pages(ids, static_cast<int64_t>(pages.size()), page_bytes, data.data());
+             },
+             exactly("pages"), nb::arg("page_bytes"), exactly("data"))
+        .def("clear_pages",
+             [](Model& self, const Array<int32_t>& pages, int64_t page_bytes) {
+                 self.clear_pages(page_ids(pages), static_cast<int64_t>(pages.size()), page_bytes);
+             },
+             exactly("pages"), nb::arg("page_bytes"))
+        .def("bind_adapter",
+             [](Model& self, int64_t slot, const Array<int32_t>& pages, int64_t page_bytes, const Array<int64_t>& blocks,
+                const Array<float>& scales, const Array<int64_t>& a, const Array<int64_t>& b, int64_t embedding_rank,
+                float embedding_scale, const Array<int64_t>& embedding_a, const Array<int64_t>& embedding_b) {
+                 if (page_bytes < 1) refuse("page_bytes must be above 0");
+                 self.bind_adapter(slot, page_ids(pages), static_cast<int64_t>(pages.size()), page_bytes,
+                                   adapter_layout(blocks, scales, a, b, embedding_rank, embedding_scale, embedding_a,
+                                                  embedding_b));
+             },
+             nb::arg("slot"), exactly("pages"), nb::arg("page_bytes"), exactly("blocks"), exactly("scales"), exactly("a"),
+             exactly("b"), nb::arg("embedding_rank"), nb::arg("embedding_scale"), exactly("embedding_a"),
+             exactly("embedding_b"))
+        .def("unbind_adapter", &Model::unbind_adapter, nb::arg("slot"));
+}
+
 }  // namespace
 
 void bind_model(nb::module_& m) {
@@ -223,9 +281,10 @@ void bind_model(nb::module_& m) {
         .def_prop_ro("size", &ThreadPool::size);
     nb::class_<BatchArrays>(m, "BatchArrays")
         .def(nb::init<Array<int32_t>, Array<int32_t>, Array<int32_t>, Array<int64_t>, Array<int32_t>, Array<int32_t>,
-                      Array<int32_t>, Array<int32_t>>(),
+                      Array<int32_t>, Array<int32_t>, Array<int32_t>>(),
              exactly("token_ids"), exactly("positions"), exactly("logical"), exactly("slots"), exactly("parents"),
-             exactly("starts"), exactly("page_tables"), exactly("page_copies"));
+             exactly("starts"), exactly("page_tables"), exactly("adapter_slots"),
+             exactly("page_copies"));
     nb::class_<EntryArrays>(m, "EntryArrays")
         .def(nb::init<Array<int32_t>, Array<int32_t>, Array<float>, Array<int32_t>, Array<float>, Array<float>,
                       Array<uint64_t>, Array<uint32_t>, Array<int64_t>, Array<int32_t>>(),
@@ -235,7 +294,9 @@ void bind_model(nb::module_& m) {
     nb::class_<Results>(m, "Results")
         .def(nb::init<Out<int32_t>, Out<float>, Out<int32_t>, Out<int32_t>, Out<float>>(), exactly("tokens"),
              exactly("logprobs"), exactly("ranks"), exactly("top_ids"), exactly("top_logprobs"));
-    nb::class_<Model>(m, "Model")
+    auto model = nb::class_<Model>(m, "Model");
+    bind_adapters(model);
+    model
         .def("__init__",
              [](Model* self, std::shared_ptr<ThreadPool> pool, const std::string& isa, const std::string& activations) {
                  new (self) Model(std::move(pool), find_isa(isa), activation_dtype(activations));
@@ -282,11 +343,11 @@ void bind_model(nb::module_& m) {
              })
         .def("linear",
              [](Model& self, int source, Weight weight, int out, std::optional<Array<float>> bias,
-                const std::string& epilogue, int delta, float scale) {
-                 self.add_linear(source, std::move(weight), out, vector_of(bias), find_epilogue(epilogue), delta, scale);
+                const std::string& epilogue, float scale) {
+                 self.add_linear(source, std::move(weight), out, vector_of(bias), find_epilogue(epilogue), scale);
              },
              nb::arg("source"), nb::arg("weight"), nb::arg("out"), nb::arg("bias").none(), nb::arg("epilogue"),
-             nb::arg("delta"), nb::arg("scale"))
+             nb::arg("scale"))
         .def("gather",
              [](Model& self, int source, Array<int32_t> order, int out) {
                  if (order.ndim() != 1) refuse("an order must have one dimension");

@@ -61,6 +61,30 @@ struct QuantizedRows {
     int64_t groups;  // sums per row
 };
 
+// Low-rank updates (adapters.hpp). Of some columns of a product: b[p] is for panel first_panel + p, [rank][32], or
+// for one half of a paired panel [rank][16]. Its ranks are those from `first_rank` on of what all blocks shrink to.
+struct AdapterBlock {
+    int64_t first_panel, num_panels;
+    int32_t half;             // -1: both
+    int32_t rank, first_rank;
+    const uint8_t* const* b;
+};
+// All updates of a product by one adapter.
+struct ProductUpdate {
+    const AdapterBlock* blocks = nullptr;
+    int32_t count = 0, ranks = 0;
+    const uint8_t* const* a = nullptr;  // [ranks]
+    const float* scales = nullptr;
+};
+struct AdapterRows {
+    const int32_t* slots;                 // of each row; -1: no adapter
+    const ProductUpdate* const* tables;   // by slot: by product
+    int64_t product;
+    const float* shrunk;                  // [row][stride]
+    int64_t stride;
+    Dtype dtype;
+};
+
 struct LinearCall {
     const PackedMatrix* weight;
     const void* source;     // float or bf16 rows (not read for i8 and i4)
@@ -68,8 +92,7 @@ struct LinearCall {
     QuantizedRows quantized;
     int64_t rows;
     const float* bias;      // [n] in the order of the columns, or null
-    const float* delta;     // fp32 rows [n], or null
-    int64_t delta_stride;
+    const AdapterRows* adapters;  // or null
     void* out;
     int64_t out_stride;     // in elements
     Dtype out_dtype;

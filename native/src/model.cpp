@@ -46,6 +46,7 @@ Model::Model(std::shared_ptr<ThreadPool> pool, Isa isa, Dtype activations)
       attention_(attention_kernels_for(isa)),
       store_(kv_store_kernels_for(isa)),
       sampling_(sampling_kernels_for(isa)),
+      adapter_(adapter_kernels_for(isa)),
       scratch_(static_cast<size_t>(threads_->size())),
       sampler_scratch_(static_cast<size_t>(threads_->size())),
       phase_(static_cast<size_t>(threads_->size() * kCounterSpace)) {}
@@ -71,6 +72,11 @@ void Model::check(const Batch& b, const int32_t* copies, int64_t num_copies, con
     within("hidden_rows", hidden.rows, hidden.count, 0, b.rows);
     for (int64_t i = 1; i < hidden.count; ++i)
         if (hidden.rows[i] <= hidden.rows[i - 1]) refuse("hidden_rows do not rise");
+    for (int64_t s = 0; s < b.segments; ++s) {
+        const int32_t slot = b.adapter_slots[s];
+        if (slot < -1 || slot >= static_cast<int64_t>(tables_.size()) || (slot >= 0 && !tables_[static_cast<size_t>(slot)]))
+            refuse("adapter_slots has the value " + number(slot) + ", where no adapter is bound");
+    }
     for (int64_t i = 0; i < b.rows; ++i) {
         if (b.slots[i] < -1 || b.slots[i] >= pages * kPageSize)
             refuse("slots has the value " + number(b.slots[i]) + ", outside [-1, " + number(pages * kPageSize) + ")");
@@ -100,7 +106,11 @@ void Model::reserve(int64_t rows) {
             room(experts->down[0]->matrix, members);
             gathered = std::max(gathered, members * buffer(experts->source).row_bytes());
             hidden = std::max(hidden, members * experts->hidden_stride() * item_bytes(activations_));
-            segments_.reserve(capacity, experts->top_k, static_cast<int64_t>(experts->down.size()));
+            experts_.reserve(members, static_cast<int64_t>(experts->down.size()));
+            if (static_cast<int64_t>(expert_rows_.size()) < members) {
+                expert_rows_.resize(static_cast<size_t>(members));
+                expert_weights_.resize(static_cast<size_t>(members));
+            }
         }
     room(head_.weight->matrix, kTileRows);
     if (values) {
@@ -140,6 +150,40 @@ void Model::plan(const Batch& batch, const HiddenRows& hidden) {
                 build(*tail_plans_[shape], tail_.batch(), shape);
             }
     for (Memory& memory : scratch_) grow(memory, bytes);
+    plan_adapters(batch);
+}
+
+void Model::plan_adapters(const Batch& batch) {
+    const int64_t num_slots = static_cast<int64_t>(tables_.size());
+    std::vector<int32_t>& slots = rows_plan_.slots;
+    slots.assign(static_cast<size_t>(batch.rows), -1);
+    for (int64_t s = 0; s < batch.segments; ++s)
+        std::fill(slots.begin() + batch.starts[s], slots.begin() + batch.starts[s + 1], batch.adapter_slots[s]);
+    rows_plan_.build(num_slots);
+    tail_plan_.active = false;
+    head_plans_.clear();
+    if (!rows_plan_.active) return;
+    if (tail_.cut()) {
+        tail_plan_.slots.clear();
+        for (int32_t row : tail_.rows()) tail_plan_.slots.push_back(slots[static_cast<size_t>(row)]);
+        tail_plan_.build(num_slots);
+    }
+    int64_t ranks = 0;
+    bool head = false;
+    for (int64_t i = 0; i < rows_plan_.groups.count(); ++i) {
+        const BoundAdapter& adapter = *adapters_[static_cast<size_t>(rows_plan_.groups.group(i).key)];
+        ranks = std::max(ranks, adapter.most_ranks());
+        head = head || adapter.updates()[num_ops()].count;
+    }
+    const size_t count = logit_rows_.size();
+    for (size_t tile = 0; head && tile < count; tile += kTileRows) {
+        AdapterPlan& plan = head_plans_.emplace_back();
+        for (size_t i = tile; i < std::min<size_t>(count, tile + kTileRows); ++i)
+            plan.slots.push_back(slots[static_cast<size_t>(logit_rows_[i])]);
+        plan.build(num_slots);
+    }
+    shrunk_stride_ = (ranks + kLanes - 1) / kLanes * kLanes;
+    grow(shrunk_, std::max<int64_t>(batch.rows, kTileRows) * shrunk_stride_ * 4);
 }
 
 void Model::make_tiles() {
@@ -173,8 +217,9 @@ void Model::step(const Batch& batch, const int32_t* copies, int64_t num_copies, 
     plan(batch, hidden);
     reserve(batch.rows);
     size_t tiles = (logit_rows_.size() + kTileRows - 1) / kTileRows;
-    // At most two phases an op (experts: five), four a tile, and one to drop rows.
+    // At most two phases an op (experts: five), four a tile, one to drop rows, and one more a product with adapters.
     size_t phases = ops_.size() * 2 + num_experts_ops_ * 3 + tiles * 4 + 1;
+    if (rows_plan_.active) phases += ops_.size() + tiles;
     if (counters_.size() < phases) counters_ = std::vector<WorkCounter>(phases * 2);
     for (size_t i = 0; i < phases; ++i) counters_[i].reset();
     std::fill(phase_.begin(), phase_.end(), 0);
@@ -255,8 +300,20 @@ void Model::run(const EmbedOp& op, int64_t rows, int thread) {
             }
             if (op.scale != 1.0f)
                 for (int64_t i = 0; i < out.width; ++i) to[i] *= op.scale;
+            if (rows_plan_.active) add_embedding(row, token, out.width, to);
         }
     });
+}
+
+// What the adapter of a row adds to the embedding of its token.
+void Model::add_embedding(int64_t row, int64_t token, int64_t width, float* to) {
+    const int32_t slot = rows_plan_.slots[static_cast<size_t>(row)];
+    if (slot < 0) return;
+    const BoundAdapter::Embedding& e = adapters_[static_cast<size_t>(slot)]->embedding;
+    if (!e.rank) return;
+    const uint8_t* a = e.a[static_cast<size_t>(token / e.rows_per_chunk)] +
+                       token % e.rows_per_chunk * e.rank * item_bytes(activations_);
+    adapter_.embed(a, e.b.data(), activations_, e.rank, e.scale, width, to);
 }
 
 void Model::run(const NormOp& op, int64_t rows, int thread) {
@@ -331,8 +388,38 @@ void Model::run(const GatherOp& op, int64_t rows, int thread) {
     });
 }
 
-void Model::multiply(const PackedWeight& weight, LinearCall call, int thread) {
+// What the adapters of the rows make of the source; false where none of them updates the product.
+bool Model::shrink(const LinearCall& call, AdapterRows& rows, const AdapterPlan& plan, int thread) {
+    int64_t ranks = 0;
+    for (int64_t i = 0; i < plan.groups.count(); ++i)
+        ranks = std::max<int64_t>(ranks, rows.tables[plan.groups.group(i).key][rows.product].ranks);
+    if (!ranks) return false;
+    const int64_t parts = (ranks + kShrinkRanks - 1) / kShrinkRanks;
+    phase(thread, static_cast<int64_t>(plan.pieces.size()) * parts, shares(), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const AdapterPlan::Piece& piece = plan.pieces[static_cast<size_t>(i / parts)];
+            const ProductUpdate& update = rows.tables[piece.slot][rows.product];
+            const int64_t first = i % parts * kShrinkRanks;
+            if (first >= update.ranks) continue;
+            const ShrinkCall part{call.source, call.source_stride, activations_, call.weight->k,
+                                  plan.groups.members() + piece.begin, piece.end - piece.begin, update.a + first,
+                                  update.scales + first, std::min<int64_t>(kShrinkRanks, update.ranks - first),
+                                  reinterpret_cast<float*>(shrunk_.data()) + first, shrunk_stride_};
+            adapter_.shrink(part);
+        }
+    });
+    return true;
+}
+
+void Model::multiply(const PackedWeight& weight, LinearCall call, int thread, int64_t product,
+                     const AdapterPlan* plan) {
     const PackedMatrix& m = weight.matrix;
+    AdapterRows rows{nullptr, tables_.data(), product, reinterpret_cast<const float*>(shrunk_.data()), shrunk_stride_,
+                     activations_};
+    if (plan && plan->active && shrink(call, rows, *plan, thread)) {
+        rows.slots = plan->slots.data();
+        call.adapters = &rows;
+    }
     if (is_quantized(m)) {
         call.quantized = quantized_for(m, 0);
         phase(thread, call.rows, shares(), [&](int64_t begin, int64_t end) {
@@ -351,16 +438,12 @@ void Model::run(const LinearOp& op, int64_t rows, int thread) {
     call.source_stride = source.stride;
     call.rows = rows;
     call.bias = op.bias ? op.bias->data() : nullptr;
-    if (op.delta >= 0) {
-        call.delta = buffer(op.delta).f32();
-        call.delta_stride = buffer(op.delta).stride;
-    }
     call.out = out.memory.data();
     call.out_stride = out.stride;
     call.out_dtype = out.dtype;
     call.epilogue = op.epilogue;
     call.scale = op.scale;
-    multiply(*op.weight, call, thread);
+    multiply(*op.weight, call, thread, op.product, op.in_tail && tail_.cut() ? &tail_plan_ : &rows_plan_);
 }
 
 void Model::run(const RouteOp& op, int64_t rows, int thread) {
@@ -369,13 +452,28 @@ void Model::run(const RouteOp& op, int64_t rows, int thread) {
     phase(thread, rows, shares(), [&](int64_t begin, int64_t end) { rows_.route(call, begin, end); });
 }
 
+void Model::group_by_expert(const ExpertsOp& op, int64_t rows) {
+    const Activation& routes = buffer(op.routes);
+    const float* values = reinterpret_cast<const float*>(routes.memory.data());
+    auto at = [&](int64_t member, int64_t part) {
+        return values[member / op.top_k * routes.stride + part * op.top_k + member % op.top_k];
+    };
+    experts_.build(rows * op.top_k, static_cast<int64_t>(op.down.size()),
+                   [&](int64_t member) { return static_cast<int64_t>(at(member, 1)); });
+    for (int64_t i = 0; i < rows * op.top_k; ++i) {
+        const int64_t member = experts_.members()[i];
+        expert_rows_[static_cast<size_t>(i)] = static_cast<int32_t>(member / op.top_k);
+        expert_weights_[static_cast<size_t>(i)] = at(member, 0);
+    }
+}
+
 // The source of each member, as the product with gate and up wants it.
 void Model::gather(const ExpertsOp& op, int64_t members, int thread) {
     const Activation& source = buffer(op.source);
     const PackedMatrix& m = op.gate_up[0]->matrix;
     phase(thread, members, shares(), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            const uint8_t* from = source.memory.data() + segments_.rows()[i] * source.row_bytes();
+            const uint8_t* from = source.memory.data() + expert_rows_[static_cast<size_t>(i)] * source.row_bytes();
             if (is_quantized(m))
                 linear_.quantize_rows(from, source.dtype, source.stride, m, quantized_for(m, i), 0, 1);
             else
@@ -385,32 +483,29 @@ void Model::gather(const ExpertsOp& op, int64_t members, int thread) {
 }
 
 void Model::run(const ExpertsOp& op, int64_t rows, int thread) {
-    const Activation &source = buffer(op.source), &routes = buffer(op.routes);
+    const Activation& source = buffer(op.source);
     Activation& out = buffer(op.out);
-    phase(thread, 1, kOneByOne, [&](int64_t, int64_t) {
-        segments_.build(reinterpret_cast<const float*>(routes.memory.data()), routes.stride, rows, op.top_k,
-                        static_cast<int64_t>(op.down.size()));
-    });
+    phase(thread, 1, kOneByOne, [&](int64_t, int64_t) { group_by_expert(op, rows); });
     const int64_t members = rows * op.top_k, stride = op.hidden_stride();
     gather(op, members, thread);
     auto call_for = [&](const std::vector<Weight>& weights, int64_t index, const Memory& from, int64_t from_stride) {
-        const ExpertSegments::Segment& segment = segments_.segment(index);
+        const RowGroups::Group& group = experts_.group(index);
         LinearCall call{};
-        call.weight = &weights[static_cast<size_t>(segment.expert)]->matrix;
-        call.source = from.data() + segment.begin * from_stride * item_bytes(activations_);
+        call.weight = &weights[static_cast<size_t>(group.key)]->matrix;
+        call.source = from.data() + group.begin * from_stride * item_bytes(activations_);
         call.source_stride = from_stride;
-        if (is_quantized(*call.weight)) call.quantized = quantized_for(*call.weight, segment.begin);
-        call.rows = segment.end - segment.begin;
+        if (is_quantized(*call.weight)) call.quantized = quantized_for(*call.weight, group.begin);
+        call.rows = group.end - group.begin;
         return call;
     };
     // Panels of one expert after the other.
     const int64_t panels = op.gate_up[0]->matrix.panels;
-    phase(thread, segments_.count() * panels, shares(), [&](int64_t begin, int64_t end) {
+    phase(thread, experts_.count() * panels, shares(), [&](int64_t begin, int64_t end) {
         while (begin < end) {
             const int64_t index = begin / panels, first = begin % panels;
             const int64_t last = std::min(panels, first + end - begin);
             LinearCall call = call_for(op.gate_up, index, gathered_, source.stride);
-            call.out = hidden_.data() + segments_.segment(index).begin * stride * item_bytes(activations_);
+            call.out = hidden_.data() + experts_.group(index).begin * stride * item_bytes(activations_);
             call.out_stride = stride;
             call.out_dtype = activations_;
             call.epilogue = op.epilogue;
@@ -425,16 +520,16 @@ void Model::run(const ExpertsOp& op, int64_t rows, int thread) {
         });
     // A thread adds all experts to its columns, in their order.
     phase(thread, down.panels, shares(), [&](int64_t begin, int64_t end) {
-        for (int64_t index = 0; index < segments_.count(); ++index) {
+        for (int64_t index = 0; index < experts_.count(); ++index) {
             LinearCall call = call_for(op.down, index, hidden_, stride);
-            const int64_t first = segments_.segment(index).begin;
+            const int64_t first = experts_.group(index).begin;
             call.out = out.memory.data();
             call.out_stride = out.stride;
             call.out_dtype = Dtype::f32;
             call.epilogue = Epilogue::residual;
             call.scale = 1;
-            call.out_rows = segments_.rows() + first;
-            call.out_weights = segments_.weights() + first;
+            call.out_rows = expert_rows_.data() + first;
+            call.out_weights = expert_weights_.data() + first;
             linear_.linear(call, begin, end);
         }
     });
@@ -504,7 +599,8 @@ void Model::run_head(int thread) {
         call.out_stride = stride;
         call.out_dtype = Dtype::f32;
         call.epilogue = Epilogue::none;
-        multiply(*head_.weight, call, thread);
+        const AdapterPlan* plan = head_plans_.empty() ? nullptr : &head_plans_[static_cast<size_t>(tile / kTileRows)];
+        multiply(*head_.weight, call, thread, num_ops(), plan);
         phase(thread, rows, kOneByOne, [&](int64_t begin, int64_t end) { sample_rows(begin, end, tile, thread); });
     }
 }
@@ -551,7 +647,10 @@ void Model::logits(const int32_t* rows, int64_t count, float* out) {
         call.out_stride = vocab();
         call.out_dtype = Dtype::f32;
         call.epilogue = Epilogue::none;
-        threads_->run([&](int thread) { multiply(*head_.weight, call, thread); });
+        AdapterPlan plan;
+        plan.slots.assign(1, rows_plan_.active ? rows_plan_.slots[static_cast<size_t>(rows[i])] : -1);
+        plan.build(static_cast<int64_t>(tables_.size()));
+        threads_->run([&](int thread) { multiply(*head_.weight, call, thread, num_ops(), &plan); });
         float* row = reinterpret_cast<float*>(logits_.data());
         finish_logits(sampling_, row, vocab(), head_.softcap, head_.divisor);
         std::memcpy(out + i * vocab(), row, static_cast<size_t>(vocab()) * 4);

@@ -6,9 +6,9 @@
 #include <variant>
 #include <vector>
 
+#include "adapters.hpp"
 #include "attention_plan.hpp"
 #include "batch.hpp"
-#include "experts.hpp"
 #include "isa.hpp"
 #include "kernels.hpp"
 #include "kv.hpp"
@@ -68,11 +68,13 @@ struct NormOp {
     float epsilon;
 };
 struct LinearOp {
-    int source, out, delta;  // delta -1: none
+    int source, out;
     Weight weight;
     Vector bias;
     Epilogue epilogue;
     float scale;
+    int64_t product = 0;  // its number among the ops, by which adapters know it
+    bool in_tail = false;
 };
 struct GatherOp {
     int source, out;
@@ -139,7 +141,7 @@ class Model {
     void add_cast(int source, int add, int out);
     void add_layer_norm(int source, Vector weight, Vector bias, int out, float epsilon);
     void add_norm(int source, int add, Vector weight, int out, float epsilon);
-    void add_linear(int source, Weight weight, int out, Vector bias, Epilogue epilogue, int delta, float scale);
+    void add_linear(int source, Weight weight, int out, Vector bias, Epilogue epilogue, float scale);
     void add_gather(int source, Order order, int out);
     void add_rope(int source, int out, int layer, int num_heads, int rotary_dim, Vector q_norm, Vector k_norm,
                   float epsilon, int table);
@@ -150,6 +152,22 @@ class Model {
     void set_head(int source, Weight weight, float softcap, float divisor);
     // After this, `step` may be called. Throws if parts are missing.
     void finish();
+
+    // --- adapters; not during a step ---
+    // Pages of `page_bytes` bytes, a whole number of them to a frame of the pool.
+    void write_pages(const int32_t* pages, int64_t count, int64_t page_bytes, const uint8_t* data);
+    void clear_pages(const int32_t* pages, int64_t count, int64_t page_bytes);
+    // Offsets count from the start of the first page as if the pages were one run. Throws std::invalid_argument for
+    // what does not fit the model or crosses the end of a page.
+    struct AdapterLayout {
+        std::vector<BlockShape> blocks;
+        std::vector<int64_t> a, b;
+        int64_t embedding_rank = 0;
+        float embedding_scale = 0;
+        std::vector<int64_t> embedding_a, embedding_b;
+    };
+    void bind_adapter(int64_t slot, const int32_t* pages, int64_t count, int64_t page_bytes, const AdapterLayout& layout);
+    void unbind_adapter(int64_t slot);
 
     // --- running ---
     // Throws std::invalid_argument for a batch that names what does not exist, before anything is written.
@@ -197,10 +215,14 @@ class Model {
     void run(const AttentionOp& op, int64_t rows, int thread);
     void run(const RouteOp& op, int64_t rows, int thread);
     void run(const ExpertsOp& op, int64_t rows, int thread);
+    void group_by_expert(const ExpertsOp& op, int64_t rows);
     void gather(const ExpertsOp& op, int64_t members, int thread);
     QuantizedRows quantized_for(const PackedMatrix& m, int64_t row);
     void compact(int thread);
-    void multiply(const PackedWeight& weight, LinearCall call, int thread);
+    void multiply(const PackedWeight& weight, LinearCall call, int thread, int64_t product, const AdapterPlan* plan);
+    bool shrink(const LinearCall& call, AdapterRows& rows, const AdapterPlan& plan, int thread);
+    void plan_adapters(const Batch& batch);
+    void add_embedding(int64_t row, int64_t token, int64_t width, float* to);
 
     // Items [0, count) over all threads, then a barrier; every thread makes the same calls in the same order.
     template <class Work>
@@ -239,7 +261,16 @@ class Model {
     std::vector<int32_t> logit_rows_, wanted_rows_;  // distinct rows, rising; those with logits, or hidden as well
     Tail tail_;                                    // outlives the step
     std::vector<int64_t> entry_order_, row_starts_;  // entries of logit row i: entry_order_[row_starts_[i]...]
-    ExpertSegments segments_;
+    const AdapterKernels& adapter_;
+    std::vector<std::unique_ptr<BoundAdapter>> adapters_;  // by slot
+    std::vector<const ProductUpdate*> tables_;             // by slot
+    AdapterPlan rows_plan_, tail_plan_;
+    std::vector<AdapterPlan> head_plans_;                  // by tile of logits
+    Memory shrunk_;
+    int64_t shrunk_stride_ = 0;
+    RowGroups experts_;
+    std::vector<int32_t> expert_rows_;      // by member of the groups
+    std::vector<float> expert_weights_;
     Memory gathered_, hidden_;  // rows of experts: their source, and what lies between their two products
     Memory logits_, tile_source_, quantized_, quantized_scales_, quantized_sums_;
     std::vector<Memory> scratch_;

@@ -87,7 +87,7 @@ void Model::add_layer_norm(int source, Vector weight, Vector bias, int out, floa
     ops_.push_back(LayerNormOp{source, out, std::move(weight), std::move(bias), epsilon});
 }
 
-void Model::add_linear(int source, Weight weight, int out, Vector bias, Epilogue epilogue, int delta, float scale) {
+void Model::add_linear(int source, Weight weight, int out, Vector bias, Epilogue epilogue, float scale) {
     const PackedMatrix& m = weight->matrix;
     const Activation& from = buffers_.at(static_cast<size_t>(source));
     const Activation& to = buffers_.at(static_cast<size_t>(out));
@@ -98,10 +98,8 @@ void Model::add_linear(int source, Weight weight, int out, Vector bias, Epilogue
                 (m.paired != 0) == is_paired(epilogue) &&
                 (!bias || static_cast<int64_t>(bias->size()) == m.n) &&
                 (epilogue != Epilogue::residual || to.dtype == Dtype::f32) && float_ok;
-    if (delta >= 0)
-        fits = fits && buffers_.at(static_cast<size_t>(delta)).width == m.n && buffer(delta).dtype == Dtype::f32;
     if (!fits) refuse("linear [" + number(m.n) + ", " + number(m.k) + "]: shapes, formats or epilogue do not agree");
-    ops_.push_back(LinearOp{source, out, delta, std::move(weight), std::move(bias), epilogue, scale});
+    ops_.push_back(LinearOp{source, out, std::move(weight), std::move(bias), epilogue, scale, num_ops()});
 }
 
 void Model::add_gather(int source, Order order, int out) {
@@ -244,9 +242,9 @@ void Model::find_tail() {
         } else if (const GatherOp* gather = std::get_if<GatherOp>(&ops_[i])) {
             read(gather->source);
             fill(gather->out);
-        } else if (const LinearOp* linear = std::get_if<LinearOp>(&ops_[i])) {
+        } else if (LinearOp* linear = std::get_if<LinearOp>(&ops_[i])) {
+            linear->in_tail = true;
             read(linear->source);
-            read(linear->delta);
             if (linear->epilogue == Epilogue::residual) read(linear->out);
             fill(linear->out);
         } else if (const RouteOp* route = std::get_if<RouteOp>(&ops_[i])) {

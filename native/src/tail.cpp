@@ -35,7 +35,7 @@ void Tail::choose(const Batch& batch, const std::vector<int32_t>& wanted_rows) {
     cut_ = static_cast<int64_t>(rows_.size()) < batch.rows;
     batch_ = Batch{static_cast<int64_t>(rows_.size()), static_cast<int64_t>(starts_.size()) - 1, nullptr, nullptr,
                    logical_.data(), slots_.data(), parents_.data(), starts_.data(), page_tables_.data(),
-                   batch.table_width};
+                   batch.table_width, nullptr};
 }
 
 int64_t Tail::place(int32_t row) const {

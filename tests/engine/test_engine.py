@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.engine.adapter_source import FakeSource
 from tests.engine.helpers import EOS, drain, request, run, simulated_engine
 from tokenloom.engine.batch import Ticket, TokenBatch
 from tokenloom.engine.engine import Engine
@@ -97,7 +98,7 @@ def test_prefix_hits_of_any_length(length: int) -> None:
 
 def test_tenants_and_adapters_share_nothing() -> None:
     prompt = list(range(4, 68))
-    engine = simulated_engine()
+    engine = simulated_engine(adapters=FakeSource({"t": 1}))
     for name, options in {"a": {}, "b": {"tenant": "t"}, "c": {"adapter": "t"}, "d": {"tenant": "t"}}.items():
         engine.add_request(request(name, prompt, max_tokens=1, **options))
         (delta,) = drain(engine)

@@ -126,6 +126,7 @@ def make_executor(
     *,
     num_threads: int = 1,
     weights: Mapping[str, Any] | None = None,
+    frame_bytes: int = 0,
 ) -> LocalExecutor:
     """An executor with random weights and 96 pages, of which three share a frame that has a gap."""
     numerics = numerics or Numerics()
@@ -135,7 +136,7 @@ def make_executor(
         prepared(program, random_weights(program) if weights is None else weights, numerics),
         rope_tables(config.head_dim),
         num_frames=32,
-        frame_bytes=3 * -(-page_bytes_of(program, numerics) // 64) * 64 + 64,
+        frame_bytes=frame_bytes or 3 * -(-page_bytes_of(program, numerics) // 64) * 64 + 64,
         pages_per_frame=3,
         dtype=numerics.dtype,
         kv_dtype=numerics.kv_dtype,

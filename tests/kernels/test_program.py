@@ -64,7 +64,6 @@ ILLEGAL = [
     (change(Linear, out="x"), "wide"),
     (change(Linear, bias="model.norm.weight"), "is needed"),
     (change(Linear, epilogue="residual"), "before it is written"),
-    (change(Linear, delta="q"), "before it is written"),
     (change(RopeStore, rotary_dim=7), "must be even"),
     (change(RopeStore, layer=5), "lies outside"),
     (change(RopeStore, head_dim=12), "other heads"),

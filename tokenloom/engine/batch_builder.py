@@ -31,15 +31,17 @@ class SequenceTable:
         self.min_p = np.zeros(max_running, np.float32)
         self.seeds = np.zeros(max_running, np.uint64)
         self.num_logprobs = np.full(max_running, -1, np.int32)
+        self.adapter_slots = np.full(max_running, -1, np.int32)
         self._free = list(range(max_running - 1, -1, -1))
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
-    def assign(self, seq: Sequence) -> None:
+    def assign(self, seq: Sequence, adapter_slot: int) -> None:
         """Give `seq` a row and write its parameters there."""
         row = self._free.pop()
+        self.adapter_slots[row] = adapter_slot
         params = seq.request.params
         seq.row = row
         self.pages[row] = 0
@@ -117,7 +119,7 @@ def build_batch(plan: Plan, table: SequenceTable) -> TokenBatch:
         starts=segment_starts,
         context_lens=context_lens,
         page_tables=table.pages[segment_rows, :num_pages],
-        adapter_slots=np.full(len(rows), -1, np.int32),
+        adapter_slots=table.adapter_slots[segment_rows],
         work=np.array(work, np.int8),
         logit_rows=_logit_rows(entries, entry_rows, entry_owners, table),
         page_copies=np.array(copies, np.int32) if copies else _NO_COPIES,

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from tokenloom.clock import Clock, MonotonicClock
+from tokenloom.engine.adapter_pool import AdapterPool, AdapterSource, NoAdapters
 from tokenloom.engine.batch import PAGE_SIZE, Executor, Work
 from tokenloom.engine.batch_builder import SequenceTable, build_batch
 from tokenloom.engine.frames import FramePool, PageClass
 from tokenloom.engine.plan import Plan, StepRecord
+from tokenloom.engine.policies.admission import AdmissionPolicy
 from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
 from tokenloom.engine.policies.queue_order import QueueOrder
 from tokenloom.engine.pooling import check_pooling
@@ -28,7 +30,8 @@ class EngineLimits:
 
     `identity` goes into the root of every prefix chain (model hash, numerics id, formats). `max_context` is in
     tokens, `num_pages` is the size of the KV pool, cut as `pages_per_frame`. `debug` runs every invariant after
-    each step.
+    each step. Adapters lie in the same frames, cut as `adapter_pages_per_frame` pages of
+    `adapter_page_bytes`; `max_adapter_bytes` bounds them (0: the whole pool).
     """
 
     vocab_size: int
@@ -39,6 +42,10 @@ class EngineLimits:
     max_waiting: int = 1024
     eos_token_ids: tuple[int, ...] = ()
     identity: tuple[str, ...] = ()
+    adapter_pages_per_frame: int = 1
+    adapter_page_bytes: int = 1
+    max_adapter_bytes: int = 0
+    admission: AdmissionPolicy = "optimistic"
     prefix_cache: bool = True
     debug: bool = False
 
@@ -55,6 +62,7 @@ class Engine:
         order: QueueOrder | None = None,
         clock: Clock | None = None,
         stop_checkers: StopCheckerFactory = no_stop_strings,
+        adapters: AdapterSource | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
         self.executor = executor
@@ -68,11 +76,23 @@ class Engine:
         pool = FramePool(-(-limits.num_pages // limits.pages_per_frame))
         pages = PageClass("target_kv", pool, limits.pages_per_frame, limits.num_pages)
         table = SequenceTable(self.max_running, -(-self.max_context // PAGE_SIZE))
+        most = limits.max_adapter_bytes // limits.adapter_page_bytes if limits.max_adapter_bytes else None
+        self.adapters = AdapterPool(
+            PageClass("adapters", pool, limits.adapter_pages_per_frame, most),
+            adapters or NoAdapters(),
+            page_bytes=limits.adapter_page_bytes,
+        )
         self.scheduler = Scheduler(
-            PrefixCache(pages, limits.prefix_cache), table, budget, order or QueueOrder()
+            PrefixCache(pages, limits.prefix_cache, self.adapters),
+            self.adapters,
+            table,
+            budget,
+            order or QueueOrder(),
+            limits.admission,
         )
         self._eos = frozenset(limits.eos_token_ids)
         self._num_steps = 0
+        self._fetched_seen = self._evicted_seen = 0
         self._queries_seen = self._hits_seen = self._preemptions_seen = 0
 
     @property
@@ -85,9 +105,10 @@ class Engine:
         num_prompt = len(request.prompt_token_ids)
         if num_prompt == 0:
             raise InvalidParameter("prompt", [], "at least one token")
-        longest = self.max_context if params.max_tokens == 0 else self.max_context - 1
+        context = self._context_beside(request.adapter)
+        longest = context if params.max_tokens == 0 else context - 1
         if num_prompt > longest:
-            raise ContextLengthExceeded(num_prompt, self.max_context)
+            raise ContextLengthExceeded(num_prompt, context)
         for token in request.prompt_token_ids:
             if not 0 <= token < self.limits.vocab_size:
                 raise InvalidParameter("prompt", token, f"token ids from 0 to {self.limits.vocab_size - 1}")
@@ -98,6 +119,13 @@ class Engine:
         params.check_vocabulary(self.limits.vocab_size)
         if request.pooling is not None:
             check_pooling(request)
+
+    def _context_beside(self, adapter: str) -> int:
+        """Tokens that one sequence can have where the adapter lies in the pool too. Raises `InvalidParameter`."""
+        frames = self.adapters.check(adapter)
+        pages = self.scheduler.cache.pages
+        room = min(pages.max_pages, (pages.pool.num_frames - frames) * pages.pages_per_frame)
+        return min(self.max_context, room * PAGE_SIZE)
 
     def add_request(self, request: Request) -> None:
         """Queue a request. Raises `QueueFull`, or `InvalidParameter` where it can never be served."""
@@ -113,7 +141,7 @@ class Engine:
         if request.arrival < 0:
             request.arrival = self.clock.now()
         num_prompt = len(request.prompt_token_ids)
-        max_length = self.max_context
+        max_length = self._context_beside(request.adapter)
         if params.max_tokens is not None:
             max_length = min(max_length, num_prompt + params.max_tokens)
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
@@ -145,6 +173,7 @@ class Engine:
         for request_id in cancelled:
             self.scheduler.cancel(request_id)
         self.scheduler.cache.clear()
+        self.adapters.clear()
         return cancelled
 
     def step(self) -> list[SequenceDelta]:
@@ -160,6 +189,7 @@ class Engine:
 
     def _step(self) -> list[SequenceDelta]:
         started = perf_counter()
+        self.scheduler.fetch_adapters(self.clock.now())
         plan = self.scheduler.plan(self.clock.now())
         if not plan.runs:
             return []
@@ -196,7 +226,7 @@ class Engine:
             decode_rows=num_decodes,
             context_tokens=sum(run.end for run in plan.runs),
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
+            num_waiting=len(scheduler.waiting) + len(scheduler.parked),
             pages_used=len(cache.references),
             pages_idle=cache.num_idle,
             pages_total=cache.pages.max_pages,
@@ -205,7 +235,13 @@ class Engine:
             prefix_queries=scheduler.prefix_queries - self._queries_seen,
             prefix_hits=scheduler.prefix_hits - self._hits_seen,
             seconds=seconds,
+            adapters_resident=len(self.adapters.resident),
+            adapter_bytes=self.adapters.pages.num_used * self.adapters.page_bytes,
+            adapters_fetched=self.adapters.stats.num_fetched - self._fetched_seen,
+            adapters_evicted=self.adapters.stats.num_evicted - self._evicted_seen,
         )
+        self._fetched_seen = self.adapters.stats.num_fetched
+        self._evicted_seen = self.adapters.stats.num_evicted
         self._preemptions_seen = scheduler.num_preemptions
         self._queries_seen = scheduler.prefix_queries
         self._hits_seen = scheduler.prefix_hits

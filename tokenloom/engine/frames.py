@@ -52,12 +52,13 @@ class PageClass:
         self.max_pages = pool.num_frames * pages_per_frame if max_pages is None else max_pages
         self.num_used = 0
         self._partial: dict[int, list[int]] = {}
-        self._frames: set[int] = set()
+        self.frames: set[int] = set()
+        """Frames that have a page in use."""
 
     @property
     def num_free(self) -> int:
         """Pages that `allocate` could still give."""
-        unused = len(self._frames) * self.pages_per_frame - self.num_used
+        unused = len(self.frames) * self.pages_per_frame - self.num_used
         return min(unused + self.pool.num_free * self.pages_per_frame, self.max_pages - self.num_used)
 
     @property
@@ -73,7 +74,7 @@ class PageClass:
             frame = self.pool.take()
             if frame is None:
                 raise OutOfMemory(f"no frame is left for class {self.name!r}")
-            self._frames.add(frame)
+            self.frames.add(frame)
             first = frame * self.pages_per_frame
             self._partial[frame] = list(range(first + self.pages_per_frame - 1, first - 1, -1))
         frame, pages = next(iter(self._partial.items()))
@@ -91,19 +92,19 @@ class PageClass:
         self.num_used -= 1
         if len(pages) == self.pages_per_frame:
             del self._partial[frame]
-            self._frames.remove(frame)
+            self.frames.remove(frame)
             self.pool.give_back(frame)
 
     def check(self) -> None:
         """Raise AssertionError unless pages and frames are conserved."""
         free = 0
         for frame, pages in self._partial.items():
-            if frame not in self._frames or len(set(pages)) != len(pages) or not pages:
+            if frame not in self.frames or len(set(pages)) != len(pages) or not pages:
                 raise AssertionError(f"frame {frame} of {self.name!r} has a broken free list")
             if any(page // self.pages_per_frame != frame for page in pages):
                 raise AssertionError(f"frame {frame} of {self.name!r} lists a page of another frame")
             free += len(pages)
-        if len(self._frames) * self.pages_per_frame - free != self.num_used:
+        if len(self.frames) * self.pages_per_frame - free != self.num_used:
             raise AssertionError(f"class {self.name!r}: {self.num_used} pages in use do not add up")
-        if self._frames & set(self.pool._free):
+        if self.frames & set(self.pool._free):
             raise AssertionError(f"class {self.name!r} owns a free frame")

@@ -71,3 +71,7 @@ class StepRecord:
     prefix_queries: int
     prefix_hits: int
     seconds: dict[str, float]
+    adapters_resident: int = 0
+    adapter_bytes: int = 0
+    adapters_fetched: int = 0
+    adapters_evicted: int = 0

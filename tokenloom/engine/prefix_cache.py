@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from tokenloom.engine.batch import PAGE_SIZE
 from tokenloom.engine.frames import PageClass
-from tokenloom.errors import OutOfMemory
 
 Digest = bytes
 
@@ -34,15 +34,30 @@ def page_digest(parent: Digest, tokens: Sequence[int]) -> Digest:
     return hashlib.blake2b(parent + np.array(tokens, np.int32).tobytes(), digest_size=16).digest()
 
 
+class FrameLender(Protocol):
+    """Another class of pages, which gives frames back that it can do without."""
+
+    @property
+    def num_cold_frames(self) -> int: ...
+
+    def evict_for_frame(self) -> bool:
+        """Give one back; False if there is none."""
+
+
 class PrefixCache:
     """Owns the reference counts of one page class and the map from digests to resident pages.
 
-    `enabled` False keeps the reference counts but never finds or keeps a page after its last user.
+    `enabled` False keeps the reference counts but never finds or keeps a page after its last user. Frames of
+    `lender` are asked for before an idle page is evicted: what it holds is copied again, where a page must be
+    computed again.
     """
 
-    def __init__(self, pages: PageClass, enabled: bool = True) -> None:
+    def __init__(self, pages: PageClass, enabled: bool = True, lender: FrameLender | None = None) -> None:
         self.pages = pages
         self.enabled = enabled
+        self._lender = lender
+        self._busy: dict[int, int] = {}
+        """Frame → its pages with references."""
         self.references: dict[int, int] = {}
         self._resident: dict[Digest, int] = {}
         self._digest_of: dict[int, Digest] = {}
@@ -51,8 +66,12 @@ class PrefixCache:
 
     @property
     def num_available(self) -> int:
-        """Pages that `allocate` can give: free ones and idle ones."""
-        return self.pages.num_free + len(self._idle)
+        """Pages that `allocate` can give: free ones, those of frames that are lent, and idle ones."""
+        free = self.pages.num_free
+        if self._lender is not None:
+            lent = self._lender.num_cold_frames * self.pages.pages_per_frame
+            free = min(free + lent, self.pages.max_pages - self.pages.num_used)
+        return free + len(self._idle)
 
     @property
     def num_idle(self) -> int:
@@ -60,18 +79,37 @@ class PrefixCache:
 
     def allocate(self) -> int | None:
         """A page with one reference and no content, evicting the least recently used idle page if needed."""
-        try:
-            page = self.pages.allocate()
-        except OutOfMemory:
+        if not self.pages.num_free and not (self._lender is not None and self._lender.evict_for_frame()):
             if not self._idle:
                 return None
-            self._evict()
-            page = self.pages.allocate()
+            self._evict(next(iter(self._idle)))
+        page = self.pages.allocate()
         self.references[page] = 1
+        self._hold(page, 1)
         return page
 
-    def _evict(self) -> None:
-        page, _ = self._idle.popitem(last=False)
+    def free_frame(self) -> bool:
+        """Evict the idle pages of a frame that has no others; False if there is no such frame. The frame of the
+        least recently used page goes first."""
+        per_frame = self.pages.pages_per_frame
+        frame = next((page // per_frame for page in self._idle if page // per_frame not in self._busy), -1)
+        if frame < 0:
+            return False
+        for page in range(frame * per_frame, (frame + 1) * per_frame):
+            if page in self._idle:
+                self._evict(page)
+        return True
+
+    def _hold(self, page: int, change: int) -> None:
+        frame = page // self.pages.pages_per_frame
+        count = self._busy.get(frame, 0) + change
+        if count:
+            self._busy[frame] = count
+        else:
+            del self._busy[frame]
+
+    def _evict(self, page: int) -> None:
+        del self._idle[page]
         del self._resident[self._digest_of.pop(page)]
         self.pages.free(page)
         self.num_evictions += 1
@@ -95,6 +133,7 @@ class PrefixCache:
         count = self.references.get(page, 0)
         if count == 0:
             del self._idle[page]
+            self._hold(page, 1)
         self.references[page] = count + 1
 
     def register(self, page: int, digest: Digest) -> None:
@@ -111,6 +150,7 @@ class PrefixCache:
                 self.references[page] = count
                 continue
             del self.references[page]
+            self._hold(page, -1)
             if page in self._digest_of:
                 self._idle[page] = None
             else:
@@ -120,7 +160,7 @@ class PrefixCache:
         """Forget every idle page; returns how many."""
         count = len(self._idle)
         while self._idle:
-            self._evict()
+            self._evict(next(iter(self._idle)))
         return count
 
     def check(self, users: Iterable[Sequence[int]] = ()) -> None:
@@ -136,6 +176,12 @@ class PrefixCache:
             raise AssertionError("digests and pages disagree")
         if not self._idle.keys() <= self._digest_of.keys():
             raise AssertionError("an idle page cannot be found")
+        busy: dict[int, int] = {}
+        for page in self.references:
+            frame = page // self.pages.pages_per_frame
+            busy[frame] = busy.get(frame, 0) + 1
+        if busy != self._busy:
+            raise AssertionError(f"busy frames {self._busy} do not add up to {busy}")
         counts: dict[int, int] = {}
         for page_list in users:
             for page in page_list:

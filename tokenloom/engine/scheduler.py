@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
+from tokenloom.engine.adapter_pool import AdapterPool
+from tokenloom.engine.adapter_queue import AdapterQueue
 from tokenloom.engine.batch import PAGE_SIZE, StepResult, TopLogprobs
 from tokenloom.engine.batch_builder import SequenceTable
 from tokenloom.engine.plan import LogitEntry, Plan, Run
+from tokenloom.engine.policies.admission import AdmissionPolicy, Demand, peak_pages
 from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
 from tokenloom.engine.policies.queue_order import QueueOrder
 from tokenloom.engine.prefix_cache import PrefixCache, extend_chain
@@ -25,18 +28,28 @@ from tokenloom.engine.waiting import WaitingQueue
 class Scheduler:
     """Plans steps and commits their results. The one owner of queues, rows and page references.
 
-    `cache` owns the pages, `table` the rows (its size bounds the running sequences), `budget` and `order` are the
-    policies.
+    `cache` owns the pages and `adapters` those of adapters, `table` the rows (its size bounds the running
+    sequences); `budget`, `order` and `admission` are the policies. A sequence whose adapter is not in the pool is
+    parked until it has been fetched.
     """
 
     def __init__(
-        self, cache: PrefixCache, table: SequenceTable, budget: ChunkedPrefill, order: QueueOrder
+        self,
+        cache: PrefixCache,
+        adapters: AdapterPool,
+        table: SequenceTable,
+        budget: ChunkedPrefill,
+        order: QueueOrder,
+        admission: AdmissionPolicy = "optimistic",
     ) -> None:
         self.cache = cache
+        self.adapters = adapters
+        self.admission = admission
         self.table = table
         self.budget = budget
         self.order = order
         self.waiting = WaitingQueue(order)
+        self.parked = AdapterQueue(adapters, cache, order)
         self.running: dict[Sequence, None] = {}
         self.live: dict[str, list[Sequence]] = {}
         self.num_steps = 0
@@ -45,6 +58,8 @@ class Scheduler:
         self.prefix_hits = 0
         self._copies: list[tuple[Sequence, int, int]] = []
         self._rows_promised = 0
+        self._ended: list[str] = []
+        """Adapters of requests that this commit ended."""
 
     # --- arrivals and departures -------------------------------------------------------------------------
 
@@ -53,7 +68,8 @@ class Scheduler:
         leader, *siblings = sequences
         leader.siblings = siblings
         self.live[leader.request.request_id] = sequences
-        self.waiting.push(leader)
+        self.adapters.enter(leader.request.adapter)
+        self._enqueue(leader)
 
     def cancel(self, request_id: str) -> bool:
         """Free everything of a request; False if it is not live."""
@@ -64,17 +80,34 @@ class Scheduler:
             if seq.state is not State.FINISHED:
                 seq.finish_reason = "cancelled"
                 self._retire(seq)
+        self.adapters.leave(sequences[0].request.adapter)
         return True
 
     def _retire(self, seq: Sequence) -> None:
         if seq.state is State.RUNNING:
             self._stop_running(seq)
         elif seq in self.waiting:
-            self.waiting.remove(seq)
+            self._dequeue(seq)
+        elif seq in self.parked:
+            self.parked.remove(seq)
         seq.state = State.FINISHED
 
-    def _start_running(self, seq: Sequence) -> None:
-        self.table.assign(seq)
+    def _enqueue(self, seq: Sequence) -> None:
+        """Have `seq` wait for pages, or first for its adapter."""
+        adapter = seq.request.adapter
+        if self.adapters.is_ready(adapter):
+            self.waiting.push(seq)
+            self.adapters.wait(adapter, 1)
+        else:
+            self.parked.park(seq)
+
+    def _dequeue(self, seq: Sequence) -> None:
+        self.waiting.remove(seq)
+        self.adapters.wait(seq.request.adapter, -1)
+
+    def _start_running(self, seq: Sequence, now: float) -> None:
+        self.adapters.lease(seq.request.adapter, now)
+        self.table.assign(seq, self.adapters.slot_of(seq.request.adapter))
         seq.state = State.RUNNING
         self.running[seq] = None
 
@@ -84,12 +117,34 @@ class Scheduler:
         self._rows_promised -= len(seq.siblings)
         self.table.free(seq)
         self.cache.release(seq.truncate(0))
+        self.adapters.release(seq.request.adapter)
 
     def _preempt(self, seq: Sequence) -> None:
         self._stop_running(seq)
         seq.state = State.WAITING
-        self.waiting.push(seq)
+        self._enqueue(seq)
         self.num_preemptions += 1
+
+    def fetch_adapters(self, now: float) -> None:
+        """Bring adapters that sequences wait for, as much as may be before a step."""
+        self.parked.blocked = None
+        if not len(self.parked):
+            return
+        promised = self._promised_pages()
+        if self.admission == "reserve":
+            promised = max(self._peak_pages() - len(self.cache.references), 0)
+        ready = self.parked.fetch(now, len(self.running), promised, self.waiting.head(now))
+        for seq in ready:
+            self._enqueue(seq)
+        self._park_lost()
+
+    def _park_lost(self) -> None:
+        """Park who waited with an adapter that had to go."""
+        for lost in self.adapters.preyed_on:
+            for seq in [seq for seq in self.waiting if seq.request.adapter == lost]:
+                self.waiting.remove(seq)
+                self._enqueue(seq)
+        self.adapters.preyed_on.clear()
 
     # --- planning ----------------------------------------------------------------------------------------
 
@@ -202,7 +257,18 @@ class Scheduler:
         hits = self._cached_pages(seq)
         needed = seq.num_pages_missing(len(seq.tokens)) - len(hits)
         available = self.cache.num_available - self.cache.num_idle_among(hits) - promised_pages
-        return needed <= available
+        return needed <= available and (self.admission == "optimistic" or self._peak_fits(seq))
+
+    def _peak_fits(self, candidate: Sequence) -> bool:
+        """Whether the longest outputs of all that run and of `candidate` fit beside the adapters that stay."""
+        pages = self.cache.pages
+        frames = pages.pool.num_frames - self.adapters.num_hot_frames
+        return self._peak_pages(candidate) <= min(pages.max_pages, frames * pages.pages_per_frame)
+
+    def _peak_pages(self, *more: Sequence) -> int:
+        leaders = (*self.running, *more)
+        everybody = (*leaders, *(sibling for seq in leaders for sibling in seq.siblings))
+        return peak_pages(Demand(len(seq.tokens), seq.max_length - len(seq.tokens)) for seq in everybody)
 
     def _cached_pages(self, seq: Sequence) -> list[int]:
         """Resident pages of the longest known prefix. Prompt logprobs and means need every row computed: no
@@ -219,11 +285,20 @@ class Scheduler:
         promised = self._promised_pages()
         while plan.num_rows < self.budget.max_batch_tokens:
             seq = self.waiting.head(now)
-            if seq is None or not self._fits(seq, promised):
+            if seq is None:
                 return
-            self.waiting.remove(seq)
+            if not self._fits(seq, promised):
+                # Nobody will give pages back but adapters of those behind.
+                if self.running or not self.adapters.evict_one(over_waiters=True, keep=seq.request.adapter):
+                    return
+                self._park_lost()
+                continue
+            blocked = self.parked.blocked
+            if blocked is not None and self.order.key(seq, now) > self.order.key(blocked, now):
+                return
             self._take_hits(seq)
-            self._start_running(seq)
+            self._start_running(seq, now)
+            self._dequeue(seq)
             self._rows_promised += len(seq.siblings)
             if seq.scheduled_time < 0:
                 seq.scheduled_time = now
@@ -268,6 +343,9 @@ class Scheduler:
         for run in plan.runs:
             if run.seq.max_length <= run.seq.num_prompt and run.end == len(run.seq.tokens):
                 self._finish_unsampled(run.seq, now, deltas)
+        for adapter in self._ended:
+            self.adapters.leave(adapter)
+        self._ended.clear()
         return deltas
 
     def _register(self, seq: Sequence, length: int) -> None:
@@ -289,7 +367,7 @@ class Scheduler:
         self, seq: Sequence, token: int, i: int, result: StepResult, now: float, deltas: list[SequenceDelta]
     ) -> None:
         if seq.siblings:
-            self._fork(seq)
+            self._fork(seq, now)
         first = seq.num_prompt == len(seq.tokens)
         if first:
             seq.first_token_time = now
@@ -330,6 +408,7 @@ class Scheduler:
             last = all(s.finish_reason is not None for s in sequences)
             if last:
                 del self.live[request.request_id]
+                self._ended.append(request.adapter)
             timings = RequestTimings(request.arrival, seq.scheduled_time, seq.first_token_time, now)
         return SequenceDelta(
             request.request_id,
@@ -345,7 +424,7 @@ class Scheduler:
             seq.embedding() if done else None,
         )
 
-    def _fork(self, leader: Sequence) -> None:
+    def _fork(self, leader: Sequence, now: float) -> None:
         """Start the other samples of a request on the leader's prompt pages, without copying full ones."""
         siblings, leader.siblings = leader.siblings, []
         self._rows_promised -= len(siblings)
@@ -360,12 +439,22 @@ class Scheduler:
                 else:
                     self._copies.append((seq, leader.pages[len(seq.pages)], own_page))
                     seq.pages.append(own_page)
-            self._start_running(seq)
+            self._start_running(seq, now)
 
     # --- invariants --------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Raise AssertionError unless pages, rows and states are consistent."""
+        self.adapters.check_books(seq.request.adapter for seq in self.running if seq.request.adapter)
+        waiters: dict[str, int] = {}
+        for seq in self.waiting:
+            waiters[seq.request.adapter] = waiters.get(seq.request.adapter, 0) + 1
+        for adapter, found in self.adapters.resident.items():
+            if found.waiters != waiters.pop(adapter, 0):
+                raise AssertionError(f"adapter {adapter} has {found.waiters} waiters")
+        if waiters.keys() - {""}:
+            raise AssertionError(f"sequences wait for pages without their adapters {sorted(waiters)}")
+        self.parked.check()
         self.cache.check(seq.pages for seq in self.running)
         rows = [seq.row for seq in self.running]
         if len(set(rows)) != len(rows) or len(rows) + self.table.num_free != len(self.table.pages):
@@ -374,11 +463,11 @@ class Scheduler:
             raise AssertionError("promised rows do not add up")
         for seq in self.running:
             self._check_running(seq)
-        for seq in self.waiting:
+        for seq in (*self.waiting, *self.parked):
             if seq.state is not State.WAITING or seq.pages or seq.row >= 0:
                 raise AssertionError(f"a waiting sequence of {seq.request.request_id} holds pages or a row")
         live = {seq for sequences in self.live.values() for seq in sequences}
-        for seq in (*self.running, *self.waiting):
+        for seq in (*self.running, *self.waiting, *self.parked):
             if seq not in live:
                 raise AssertionError(f"{seq.request.request_id} is not live but still scheduled")
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from tokenloom.engine.batch import StepResult, TokenBatch
 from tokenloom.errors import UnsupportedFeature
+from tokenloom.kernels.adapter_image import AdapterImage
 from tokenloom.kernels.native import extension
 from tokenloom.kernels.native.backend import DTYPES
 from tokenloom.kernels.program import KVGeometry
@@ -32,6 +33,18 @@ class Backend(Protocol):
 
     def logits(self, rows: NDArray[np.int32]) -> NDArray[np.float32]:
         """fp32 [n, vocabulary]: logits of at most 64 rows of the last batch that are among its logit rows."""
+
+    def write_pages(self, pages: NDArray[np.int32], page_bytes: int, data: NDArray[np.uint8]) -> None:
+        """Copy adapter pages [n, page_bytes] into the pool."""
+
+    def clear_pages(self, pages: NDArray[np.int32], page_bytes: int) -> None:
+        """Make pages that held an adapter fit for K and V again."""
+
+    def bind_adapter(self, slot: int, image: AdapterImage, pages: NDArray[np.int32]) -> None:
+        """Rows of `slot` have this adapter from now on; `pages` hold its image."""
+
+    def unbind_adapter(self, slot: int) -> None:
+        """Forget a slot; its pages may be used for something else."""
 
     def close(self) -> None: ...
 

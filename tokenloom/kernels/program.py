@@ -124,13 +124,17 @@ class RMSNorm:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """y = source @ weight.T, one fp32 accumulator per element, + bias, + delta, then the epilogue in fp32.
+    """y = source @ weight.T, one fp32 accumulator per element, + bias, + update, then the epilogue in fp32.
 
     none: out = y. residual: out += y * scale (the product rounded, and left out where scale is 1). silu_mul:
     weight stacks gate and up, y = [g, u] and out = (g / (1 + exp(-g))) * u, half as wide. gelu_mul: likewise
     with gelu of g in its tanh form (Hendrycks and Gimpel 2016). gelu, relu: out = that of y. The result is
-    rounded once to the dtype of `out`. `delta` names an fp32 buffer as wide as y (an adapter's product); it is
-    added before the epilogue.
+    rounded once to the dtype of `out`.
+
+    A row whose sequence has an adapter is updated by each of the adapter's blocks for the weight (LoRA, Hu et al.
+    2021): y[begin:end] += v @ b.T in fp32 with v = scale * (source @ a.T). A product with a row of `a` is summed in
+    16 lanes along the inputs, one with `b` by a chain of fused steps along the ranks. Rows without an adapter have
+    the bits that they would have alone. The head is updated likewise, and `Embed` by scale * a[:, token] @ b.T.
     """
 
     source: str
@@ -138,7 +142,6 @@ class Linear:
     out: str
     bias: str | None = None
     epilogue: Epilogue = "none"
-    delta: str | None = None
     scale: float = 1.0
 
 

@@ -275,6 +275,38 @@ def layer_norm(x: Float32, weight: Float32, bias: Float32 | None, epsilon: float
     return normed if bias is None else normed + bias
 
 
+def shrink(source: Float32, a: Float32, scale: float, *, narrow: bool) -> Float32:
+    """One row of `v` of an adapter's block (program.Linear): fp32 [K], [rank, K] -> [rank].
+
+    Lane l of 16 sums elements l, l + 16, ... of fp32 in fused steps, or (`narrow`, bf16 values) pairs l, l + 16, ...,
+    the odd element of a pair first, with flushed steps. The lanes fold as in `lane_sum`; then the scale.
+    """
+    per_step = 2 * LANES if narrow else LANES
+    pad = -len(source) % per_step
+    x = np.pad(source, (0, pad)).reshape(-1, LANES, per_step // LANES)
+    rows = np.pad(a, ((0, 0), (0, pad))).reshape(len(a), -1, LANES, per_step // LANES)
+    lanes = np.zeros((len(a), LANES), np.float32)
+    if narrow:
+        x, rows = flush(x), flush(rows)
+        for step in range(len(x)):
+            lanes = fma_flushed(x[step, :, 1], rows[:, step, :, 1], lanes)
+            lanes = fma_flushed(x[step, :, 0], rows[:, step, :, 0], lanes)
+    else:
+        for step in range(len(x)):
+            lanes = fma(x[step, :, 0], rows[:, step, :, 0], lanes)
+    totals = np.array([lane_sum(row) for row in lanes], np.float32)
+    return totals * np.float32(scale)
+
+
+def expand(v: Float32, b: Float32) -> Float32:
+    """What a block adds to the columns of one row: fp32 [rank], [columns, rank] -> [columns], a chain of fused
+    steps from rank 0 on."""
+    total = np.zeros(len(b), np.float32)
+    for j in range(len(v)):
+        total = fma(b[:, j], v[j], total)
+    return total
+
+
 def route(scores: Float32, top_k: int, normalized: bool) -> tuple[Float32, NDArray[np.intp]]:
     """One row of `Route`: fp32 [experts] -> weights and numbers of the chosen, [top_k]. All exponentials are added
     in lanes, those of the chosen one by one."""

@@ -8,6 +8,7 @@
 
 #include "linear.hpp"
 #include "vector_math.hpp"
+#include "expand.hpp"
 
 namespace tokenloom {
 namespace TL_ISA {
@@ -270,19 +271,21 @@ TL_INLINE void put(const LinearCall& call, int64_t row, Columns at, F y) {
     store(p, y, at.count);
 }
 
-// Adds bias and delta and writes rows [row, row + rows) of a panel whose sums are [row][32].
+// Adds bias and the updates of adapters and writes rows [row, row + rows) of a panel whose sums are [row][32].
 TL_NOINLINE void finish(const LinearCall& call, int64_t panel, int64_t row, int64_t rows, const float* sums) {
     const Columns at[2] = {columns_of(*call.weight, panel, 0), columns_of(*call.weight, panel, 1)};
     F bias[2] = {zero(), zero()};
     for (int half = 0; half < 2; ++half)
         if (call.bias && at[half].count) bias[half] = load(call.bias + at[half].at, at[half].count);
+    alignas(64) float delta[kMaxTileRows * kPanel];
+    bool found[kMaxTileRows] = {false};
+    if (call.adapters) expand(*call.adapters, panel, row, rows, delta, found);
     for (int64_t r = row; r < row + rows; ++r, sums += kPanel) {
         F y[2];
         for (int half = 0; half < 2; ++half) {
             y[half] = load(sums + half * kLanes);
             if (call.bias) y[half] = add(y[half], bias[half]);
-            if (call.delta && at[half].count)
-                y[half] = add(y[half], load(call.delta + r * call.delta_stride + at[half].at, at[half].count));
+            if (found[r - row]) y[half] = add(y[half], load(delta + (r - row) * kPanel + half * kLanes));
         }
         if (call.epilogue == Epilogue::silu_mul) {
             put(call, r, at[0], silu_mul(y[0], y[1]));

@@ -141,17 +141,15 @@ def test_many_rows_and_a_deep_weight(isa: str, name: str) -> None:
 @pytest.mark.parametrize(
     "epilogue", ["none", "residual", "scaled residual", "silu_mul", "gelu_mul", "gelu", "relu"]
 )
-@pytest.mark.parametrize("extras", ["", "bias", "delta", "bias delta"])
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("columns", [36, 70, 128])
-def test_epilogues(isa: str, name: str, epilogue: str, extras: str, columns: int) -> None:
+def test_epilogues(isa: str, name: str, epilogue: str, has_bias: bool, columns: int) -> None:
     rng = np.random.default_rng(columns)
     rows, depth = 5, 11
     x, weight = widen(bf16(numbers(rng, rows, depth))), widen(bf16(numbers(rng, columns, depth)))
-    bias = numbers(rng, columns) if "bias" in extras else None
-    delta = numbers(rng, rows, columns) if "delta" in extras else None
+    bias = numbers(rng, columns) if has_bias else None
     y = product(x, weight, name)
     y = y if bias is None else y + bias
-    y = y if delta is None else y + delta
     paired = epilogue in ("silu_mul", "gelu_mul")
     packed = _native.PackedLinear([weight], name, paired=paired)
     width = columns // 2 if paired else columns
@@ -170,12 +168,12 @@ def test_epilogues(isa: str, name: str, epilogue: str, extras: str, columns: int
         y = np.maximum(y, np.float32(0))
     wide = np.full((rows, width + 9), 7, np.float32)
     wide[:, :width] = before
-    packed.linear(source_of(x, name), wide[:, :width], isa, bias, delta, epilogue, scale)
+    packed.linear(source_of(x, name), wide[:, :width], isa, bias, epilogue, scale)
     assert_same(wide[:, :width].copy(), y)
     assert (wide[:, width:] == 7).all()
     if epilogue != "residual":
         narrow = np.full((rows, width + 9), 7, np.uint16)
-        packed.linear(source_of(x, name), narrow[:, :width], isa, bias, delta, epilogue, scale)
+        packed.linear(source_of(x, name), narrow[:, :width], isa, bias, epilogue, scale)
         assert_same(narrow[:, :width].copy(), bf16(y))
         assert (narrow[:, width:] == 7).all()
 
@@ -258,9 +256,9 @@ def test_integer_epilogues(isa: str, name: str, epilogue: str) -> None:
     rng = np.random.default_rng(21)
     rows, depth, columns = 14, 96, 76
     x, weight = bf16(numbers(rng, rows, depth)), numbers(rng, columns, depth)
-    bias, delta = numbers(rng, columns), numbers(rng, rows, columns)
+    bias = numbers(rng, columns)
     _, oracle = quantized(weight, name, 32)
-    y = np.stack([oracle(*spec.quantize_row(row)) for row in widen(x)]) + bias + delta
+    y = np.stack([oracle(*spec.quantize_row(row)) for row in widen(x)]) + bias
     packed = _native.PackedLinear([weight], name, paired=epilogue == "silu_mul", group=32)
     width = columns // 2 if epilogue == "silu_mul" else columns
     out = numbers(rng, rows, width)
@@ -268,7 +266,7 @@ def test_integer_epilogues(isa: str, name: str, epilogue: str) -> None:
         y = out + y
     elif epilogue == "silu_mul":
         y = spec.silu_mul(y[:, :width], y[:, width:])
-    packed.linear(x, out, isa, bias, delta, epilogue)
+    packed.linear(x, out, isa, bias, epilogue)
     assert_same(out, y)
 
 
@@ -382,7 +380,6 @@ def test_what_does_not_fit_is_refused() -> None:
         ("epilogue", (x, out), {"epilogue": "silu_mul"}),
         ("epilogue", (x, out), {"epilogue": "swish"}),
         ("bias", (x, out), {"bias": np.zeros(7, np.float32)}),
-        ("delta", (x, out), {"delta": np.zeros((1, 8), np.float32)}),
         ("begin", (x, out), {"begin": -1}),
         ("end", (x, out), {"end": 2}),
         ("instruction set", (x, out), {"isa": "mmx"}),

@@ -189,7 +189,11 @@ def test_a_broken_model_does_not_crash(value: float) -> None:
     ]
     sampler = Sampler(PackedLinear(np.eye(300, dtype=np.float32)))
     limit = np.finfo(np.float32).max
-    sampler.logits = lambda hidden: np.fmin(np.fmax(hidden, -np.inf), limit)  # type: ignore[method-assign]
+
+    def clipped(hidden: NDArray[np.float32], rows: NDArray[Any]) -> NDArray[np.float32]:
+        return np.fmin(np.fmax(hidden[rows], -np.inf), limit)
+
+    sampler.logits = clipped  # type: ignore[method-assign]
     with np.errstate(all="ignore"):
         found = sampler.sample(logits, logit_rows(entries))
     assert ((found.token_ids >= 0) & (found.token_ids < 300)).all()
@@ -215,7 +219,7 @@ def test_edits_in_order() -> None:
 def test_softcap() -> None:
     rows = np.array([[50.0, -80.0, 3.0]], np.float32)
     sampler = Sampler(PackedLinear(np.eye(3, dtype=np.float32)), softcap=30.0)
-    assert sampler.logits(rows) == pytest.approx(30 * np.tanh(rows / 30), rel=1e-6)
+    assert sampler.logits(rows, np.arange(len(rows))) == pytest.approx(30 * np.tanh(rows / 30), rel=1e-6)
 
 
 def test_extreme_edits_cost_nobody_else() -> None:

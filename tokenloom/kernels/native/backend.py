@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tokenloom.engine.batch import LogitEdits, LogitRows, StepResult, TokenBatch, TopLogprobs, Work
 from tokenloom.errors import UnsupportedFeature
+from tokenloom.kernels.adapter_image import AdapterImage, product_numbers
 from tokenloom.kernels.failure import StepFailed
 from tokenloom.kernels.native import extension
 from tokenloom.kernels.native.weights import PackedTable, WeightPacker
@@ -76,6 +77,8 @@ class NativeBackend:
         self._native = native
         self.program = program
         self.kv_dtype = kv_dtype
+        self._dtype = dtype
+        self._products = product_numbers(program)
         self.num_pages = num_frames * pages_per_frame
         self.weight_sizes: dict[str, tuple[str, int]] = {}
         """(format, bytes) of each packed weight."""
@@ -106,8 +109,6 @@ class NativeBackend:
         """Compute a step."""
         if self._model is None:
             raise ValueError("the executor is closed")
-        if (batch.adapter_slots >= 0).any():
-            raise UnsupportedFeature("an adapter slot", "the native backend runs the base model only")
         if (batch.work == Work.TRAIN).any():
             raise UnsupportedFeature("training rows", "the native backend has no backward pass")
         entries = batch.logit_rows
@@ -144,6 +145,36 @@ class NativeBackend:
         out = np.empty((len(rows), self.program.vocab_size), np.float32)
         self._model.logits(np.ascontiguousarray(rows, np.int32), out)
         return out
+
+    def write_pages(self, pages: NDArray[np.int32], page_bytes: int, data: NDArray[np.uint8]) -> None:
+        """Copy adapter pages [n, page_bytes] into the pool. Raises ValueError."""
+        self._model.write_pages(pages, page_bytes, data)
+
+    def clear_pages(self, pages: NDArray[np.int32], page_bytes: int) -> None:
+        """Zero pages that go back to the pool, where what they held could be no finite keys."""
+        # Halves of fp32 numbers may be any bf16; all else that adapters hold is finite as keys and values too.
+        if self._dtype == "float32" and self.kv_dtype == "bfloat16":
+            self._model.clear_pages(pages, page_bytes)
+
+    def bind_adapter(self, slot: int, image: AdapterImage, pages: NDArray[np.int32]) -> None:
+        """Rows of `slot` have this adapter from now on; `pages` hold its image. Raises ValueError."""
+        layout = image.layout
+        if layout.dtype != self._dtype:
+            raise ValueError(f"an adapter image in {layout.dtype} for arithmetic in {self._dtype}")
+        pieces = [(self._products[p.weight], p.first, p.count, p.half, p.rank) for p in layout.pieces]
+        offsets = [
+            np.frombuffer(raw, np.int64)
+            for raw in (layout.a, layout.b, layout.embedding_a, layout.embedding_b)
+        ]
+        self._model.bind_adapter(
+            slot, pages, layout.page_bytes, np.array(pieces, np.int64).reshape(-1, 5),
+            np.array([p.scale for p in layout.pieces], np.float32), offsets[0], offsets[1],
+            layout.embedding_rank, layout.embedding_scale, offsets[2], offsets[3],
+        )  # fmt: skip
+
+    def unbind_adapter(self, slot: int) -> None:
+        """Forget a slot; its pages may be used for something else. Raises ValueError."""
+        self._model.unbind_adapter(slot)
 
     def profile_ops(self, on: bool) -> None:
         """Measure the seconds of each op from now on (a clock read per op)."""
@@ -237,14 +268,12 @@ class NativeBackend:
 
     def _linear(self, op: Linear, packed: Mapping[str, Any]) -> None:
         bias = None if op.bias is None else packed.get(op.bias)
-        delta = -1 if op.delta is None else self._buffers[op.delta]
         self._model.linear(
             self._buffers[op.source],
             packed[op.weight],
             self._buffers[op.out],
             bias,
             op.epilogue,
-            delta,
             op.scale,
         )
 
@@ -263,7 +292,7 @@ class NativeBackend:
 def _batch_arrays(native: Any, batch: TokenBatch) -> Any:
     return native.BatchArrays(
         batch.token_ids, batch.positions, batch.logical, batch.slots, batch.parents, batch.starts,
-        np.ascontiguousarray(batch.page_tables), np.ascontiguousarray(batch.page_copies),
+        np.ascontiguousarray(batch.page_tables), batch.adapter_slots, np.ascontiguousarray(batch.page_copies),
     )  # fmt: skip
 
 

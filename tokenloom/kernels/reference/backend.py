@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tokenloom.engine.batch import PAGE_SIZE, StepResult, TokenBatch, Work
 from tokenloom.errors import UnsupportedFeature
+from tokenloom.kernels.adapter_image import AdapterImage
 from tokenloom.kernels.failure import StepFailed
 from tokenloom.kernels.program import Program
 from tokenloom.kernels.reference.fingerprint import fingerprint
@@ -49,12 +50,14 @@ class ReferenceBackend:
         interpreter = Interpreter(program, weights, rope, pool, dtype, self._workers)
         self._parts: tuple[Interpreter, Sampler] | None = (
             interpreter,
-            Sampler(interpreter.head, program.head.softcap, program.head.divisor),
+            Sampler(interpreter.head, program.head.softcap, program.head.divisor, self._update_head),
         )
         self._vocab_size = program.vocab_size
         self._max_context = len(rope[0])
         self._num_pages = pool.num_pages
         self._hidden = np.zeros((0, 0), np.float32)
+        self._slots = np.zeros(0, np.int32)
+        self._head = program.head.weight
         self._numerics_id = (
             f"reference-1-{dtype}-{kv_dtype}-{fingerprint(program, interpreter.packed_linears())}"
         )
@@ -74,6 +77,7 @@ class ReferenceBackend:
         try:
             with np.errstate(all="ignore"):
                 self._hidden = interpreter.run(batch)
+                self._slots = np.repeat(batch.adapter_slots, np.diff(batch.starts))
                 result = sampler.sample(self._hidden, batch.logit_rows)
                 result.hidden = self._hidden[batch.hidden_rows]
                 return result
@@ -84,7 +88,29 @@ class ReferenceBackend:
         """fp32 [n, vocabulary]: logits of rows of the last batch, at most 64."""
         if self._parts is None:
             raise ValueError("the executor is closed")
-        return self._parts[1].logits(self._hidden[rows])
+        return self._parts[1].logits(self._hidden, rows)
+
+    def _update_head(self, rows: NDArray[np.integer[Any]], hidden: Float32, logits: Float32) -> None:
+        if self._parts is not None and (self._slots[rows] >= 0).any():
+            adapters = self._parts[0].adapters
+            adapters.add_products(self._head, self._slots[rows], hidden, logits)
+
+    def write_pages(self, pages: NDArray[np.int32], page_bytes: int, data: NDArray[np.uint8]) -> None:
+        """Nothing: adapters are read from their images."""
+
+    def clear_pages(self, pages: NDArray[np.int32], page_bytes: int) -> None:
+        """Nothing, likewise."""
+
+    def bind_adapter(self, slot: int, image: AdapterImage, pages: NDArray[np.int32]) -> None:
+        """Rows of `slot` have this adapter from now on. Raises ValueError, `UnsupportedFeature`."""
+        if self._parts is None:
+            raise ValueError("the executor is closed")
+        self._parts[0].adapters.bind(slot, image)
+
+    def unbind_adapter(self, slot: int) -> None:
+        """Forget a slot. Raises ValueError where nothing is bound."""
+        if self._parts is not None:
+            self._parts[0].adapters.unbind(slot)
 
     def close(self) -> None:
         """Release weights and the KV pool."""
@@ -119,8 +145,9 @@ class ReferenceBackend:
         _within("hidden_rows", batch.hidden_rows, 0, rows)
         if (np.diff(batch.hidden_rows) < 1).any():
             raise ValueError("hidden_rows do not rise")
-        if (batch.adapter_slots >= 0).any():
-            raise UnsupportedFeature("an adapter slot", "the reference backend runs the base model only")
+        adapters = self._parts[0].adapters if self._parts is not None else ()
+        if unknown := {slot for slot in batch.adapter_slots.tolist() if slot >= 0 and slot not in adapters}:
+            raise ValueError(f"adapter_slots has the values {sorted(unknown)}, where no adapter is bound")
         if (batch.work == Work.TRAIN).any():
             raise UnsupportedFeature("training rows", "the reference backend has no backward pass")
 

@@ -37,6 +37,7 @@ from tokenloom.kernels.program import (
     Route,
 )
 from tokenloom.kernels.program_check import check_program
+from tokenloom.kernels.reference.adapters import AdapterUpdates
 from tokenloom.kernels.reference.attention import AttentionPlan, HeadShape, run_attention
 from tokenloom.kernels.reference.gemm import COLUMN_UNIT, ROW_TILE, PackedLinear, padded
 from tokenloom.kernels.reference.kv_pool import Indices, KVPool
@@ -77,6 +78,11 @@ class Step:
             (cos[positions + i * length][:, None], sin[positions + i * length][:, None])
             for i in range(num_tables)
         ]
+        self.slots: NDArray[np.int32] | None = None
+        """The adapter of each row, padding included; None where no row has one."""
+        if (batch.adapter_slots >= 0).any():
+            self.slots = np.full(self.padded_rows, -1, np.int32)
+            self.slots[: self.rows] = np.repeat(batch.adapter_slots, np.diff(batch.starts))
         self._batch = batch
         self._pool = pool
         self._plans: dict[tuple[HeadShape, int | None], AttentionPlan] = {}
@@ -130,6 +136,7 @@ class Interpreter:
             for spec in program.weights
             if not (spec.optional and spec.name not in weights)
         }
+        self.adapters = AdapterUpdates(program)
         self._packed: dict[str, PackedLinear] = {}
         self._widths = {spec.name: spec.width for spec in program.buffers}
         self._rounded = {spec.name for spec in program.buffers if self._rounds and spec.dtype == "activation"}
@@ -208,6 +215,8 @@ class Interpreter:
                 round_bfloat16(rows)
             if scale != 1:
                 rows *= scale
+            if step.slots is not None:
+                self.adapters.add_embeddings(step.slots[: step.rows], step.token_ids, rows)
             step.wide[out][: step.rows, :width] = rows
 
         return run
@@ -269,7 +278,7 @@ class Interpreter:
     def _linear_op(self, op: Linear) -> CompiledOp:
         packed = self._linear(op.weight)
         bias = _float32(self._weights[op.bias]) if op.bias is not None and op.bias in self._weights else None
-        source, out, delta, epilogue = op.source, op.out, op.delta, op.epilogue
+        source, out, epilogue = op.source, op.out, op.epilogue
         depth, width, columns = packed.depth, self._widths[op.out], packed.num_columns
         rounds, direct, scale = op.out in self._rounded, op.epilogue == "none", np.float32(op.scale)
 
@@ -281,8 +290,8 @@ class Interpreter:
             y = wide[:, :columns]
             if bias is not None:
                 y += bias
-            if delta is not None:
-                y += step.wide[delta][rows, :columns]
+            if step.slots is not None:
+                self.adapters.add_products(op.weight, step.slots[rows], step.wide[source][rows, :depth], y)
             if epilogue == "residual":
                 if scale != 1:
                     y *= scale

@@ -7,7 +7,8 @@ the lowest id (the Gumbel-max trick, Gumbel 1954; Maddison et al. 2014), with sc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,11 +32,22 @@ _LARGEST = np.finfo(np.float32).max
 _TINY = np.float32(2.0**-32)
 
 
+HeadUpdate = Callable[[NDArray[np.integer[Any]], Float32, Float32], None]
+
+
 class Sampler:
     """The head of a program: its weight, its softcap, and the draws."""
 
-    def __init__(self, weight: PackedLinear, softcap: float | None = None, divisor: float = 1.0) -> None:
+    def __init__(
+        self,
+        weight: PackedLinear,
+        softcap: float | None = None,
+        divisor: float = 1.0,
+        update: HeadUpdate | None = None,
+    ) -> None:
+        """`update(rows, hidden, logits)` changes the logits of some rows in place (adapters)."""
         self._weight = weight
+        self._update = update
         self._softcap = softcap
         self._divisor = np.float32(divisor)
         self._vocab_size = weight.num_columns
@@ -50,7 +62,7 @@ class Sampler:
         rows, owners = np.unique(entries.rows, return_inverse=True)
         order = np.argsort(owners, kind="stable")
         for begin in range(0, len(rows), TILE_ROWS):
-            logits = self.logits(hidden[rows[begin : begin + TILE_ROWS]])
+            logits = self.logits(hidden, rows[begin : begin + TILE_ROWS])
             first, last = np.searchsorted(owners[order], (begin, begin + TILE_ROWS))
             for start in range(first, last, TILE_ROWS):
                 chosen = order[start : min(start + TILE_ROWS, last)]
@@ -58,15 +70,17 @@ class Sampler:
         result.top = tops
         return result
 
-    def logits(self, hidden: Float32) -> Float32:
-        """fp32 [n, vocabulary] of at most `TILE_ROWS` rows. NaN becomes -inf and +inf the largest number, so
-        that a broken model gives a token and not a crash."""
-        count = len(hidden)
+    def logits(self, hidden: Float32, rows: NDArray[np.integer[Any]]) -> Float32:
+        """fp32 [n, vocabulary] of at most `TILE_ROWS` rows of `hidden`. NaN becomes -inf and +inf the largest
+        number, so that a broken model gives a token and not a crash."""
+        count = len(rows)
         source = np.zeros((padded(count, ROW_TILE), self._weight.depth), np.float32)
-        source[:count] = hidden
+        source[:count] = hidden[rows]
         wide = np.empty((len(source), self._weight.padded_columns), np.float32)
         self._weight.multiply(source, wide)
         logits = wide[:count, : self._vocab_size]
+        if self._update is not None:
+            self._update(rows, source[:count], logits)
         if self._divisor != 1:
             logits /= self._divisor
         if self._softcap is not None:

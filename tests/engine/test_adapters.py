@@ -1,0 +1,346 @@
+"""Adapters in the frame pool: they come, stay while somebody needs them, and go; nobody waits for ever."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tests.engine.adapter_source import CheckedExecutor, FakeSource
+from tests.engine.helpers import request, run
+from tokenloom.clock import VirtualClock
+from tokenloom.engine.adapter_pool import AdapterPool
+from tokenloom.engine.engine import Engine, EngineLimits
+from tokenloom.engine.frames import FramePool, PageClass
+from tokenloom.engine.policies.admission import Demand, peak_pages, peak_tokens
+from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
+from tokenloom.engine.policies.queue_order import QueueOrder
+from tokenloom.errors import ContextLengthExceeded, InvalidParameter
+
+PER_FRAME = 8
+"""Adapter pages to a frame, of 4 KV pages."""
+
+
+def make_engine(source: FakeSource, *, num_frames: int = 16, **limits: Any) -> Engine:
+    clock = VirtualClock()
+    executor = CheckedExecutor(clock, None, 1000)
+    executor.source, executor.rows = source, {}
+    limits = {"max_running": 16, "max_context": 512, "debug": True} | limits
+    return Engine(
+        executor,
+        EngineLimits(
+            vocab_size=1000,
+            num_pages=4 * num_frames,
+            pages_per_frame=4,
+            max_waiting=10_000,
+            adapter_pages_per_frame=PER_FRAME,
+            adapter_page_bytes=1 << 18,
+            **limits,
+        ),
+        budget=ChunkedPrefill(max_batch_tokens=64),
+        order=QueueOrder(),
+        clock=clock,
+        adapters=source,
+    )
+
+
+def make_pool(frames: int, source: FakeSource) -> tuple[AdapterPool, FramePool]:
+    pool = FramePool(frames)
+    return AdapterPool(PageClass("adapters", pool, PER_FRAME), source, page_bytes=1 << 18), pool
+
+
+def fetch(pool: AdapterPool, name: str, *, over_waiters: bool = False) -> bool:
+    found = pool.reserve(name, lambda: False, over_waiters=over_waiters)
+    while found and not pool.is_ready(name):
+        pool.copy(name, 3)
+    return found
+
+
+def test_outputs_do_not_depend_on_adapters_that_come_and_go() -> None:
+    """The simulated executor draws tokens by request: all requests end with theirs, whatever the pool."""
+    names = [f"a{i}" for i in range(20)]
+    sizes = {name: 1 + i % 30 for i, name in enumerate(names)}
+    found = []
+    for num_frames in (64, 9):
+        engine = make_engine(FakeSource(sizes), num_frames=num_frames)
+        for i in range(60):
+            adapter = "" if i % 7 == 0 else names[7 * i % 20]
+            engine.add_request(request(f"r{i}", range(4, 10 + i), seed=i, adapter=adapter, n=1 + i % 3))
+        found.append(run(engine))
+        assert engine.adapters.stats.num_fetched >= 17
+        engine.adapters.check_books(iter(()))
+    assert found[0] == found[1]
+
+
+def test_a_small_pool_serves_many_adapters() -> None:
+    """Room for 8 adapters at most, 500 of them (S-LoRA, acceptance 2)."""
+    source = FakeSource({f"a{i}": 8 for i in range(500)})
+    engine = make_engine(source, num_frames=12, max_adapter_bytes=8 * 8 << 18)
+    for i in range(500):
+        engine.add_request(request(f"r{i}", range(4, 9), seed=i, adapter=f"a{i}", max_tokens=3))
+    assert len(run(engine)) == 500
+    assert engine.adapters.stats.num_fetched == 500
+    assert engine.executor.rows == {f"a{i}": 5 + 2 for i in range(500)}  # type: ignore[attr-defined]
+
+
+def test_slices_bound_what_a_step_copies() -> None:
+    """While somebody runs, a megabyte before each step; nobody runs: more."""
+    source = FakeSource({"big": 80, "small": 8})
+    engine = make_engine(source, num_frames=32)
+    engine.add_request(request("base", range(4, 20), max_tokens=60))
+    engine.step()
+    engine.add_request(request("adapted", range(4, 20), adapter="big"))
+    steps = 0
+    while not engine.adapters.is_ready("big"):
+        assert engine.step(), "the base request goes on"
+        steps += 1
+    assert steps == 20
+    assert {count for _, count in source.copied} == {4}
+    run(engine)
+    source.copied.clear()
+    engine.add_request(request("alone", range(4, 20), adapter="small"))
+    run(engine)
+    assert source.copied == [("small", 8)]
+
+
+def test_an_adapter_in_use_is_never_evicted() -> None:
+    source = FakeSource(dict.fromkeys("abcd", 8))
+    pool, _ = make_pool(3, source)
+    assert fetch(pool, "a")
+    assert fetch(pool, "b")
+    assert fetch(pool, "c")
+    for name in "abc":
+        pool.lease(name, 0.0)
+    assert not fetch(pool, "d", over_waiters=True)
+    pool.release("b")
+    assert fetch(pool, "d")
+    assert set(pool.resident) == {"a", "c", "d"}
+    pool.check_books(iter("ac"))
+
+
+def test_what_is_dear_to_fetch_stays_longer() -> None:
+    """By last use where sizes are equal; of different sizes, large ones cost less per byte."""
+    source = FakeSource({"a": 8, "b": 8, "c": 8, "d": 8, "small": 1, "large": 24})
+    pool, _ = make_pool(3, source)
+    for name in ("a", "b", "c"):
+        fetch(pool, name)
+    fetch(pool, "d")
+    assert set(pool.resident) == {"b", "c", "d"}
+    pool.lease("b", 1.0)
+    pool.release("b")
+    fetch(pool, "a")
+    assert set(pool.resident) == {"a", "b", "d"}
+    pool, _ = make_pool(4, FakeSource(source.sizes))
+    fetch(pool, "small")
+    fetch(pool, "large")
+    fetch(pool, "a")
+    assert set(pool.resident) == {"small", "a"}
+
+
+def test_pinned_adapters_stay_and_retired_ones_go_with_their_last_request() -> None:
+    source = FakeSource(dict.fromkeys("abcd", 8))
+    engine = make_engine(source, num_frames=6)
+    engine.adapters.pin("a", True)
+    for i, name in enumerate("abcdabcd"):
+        engine.add_request(request(f"{i}", range(4, 30), adapter=name, max_tokens=20))
+    before = sum(len(delta.token_ids) for delta in engine.step())
+    engine.adapters.retire("c")
+    outputs = run(engine)
+    assert len(outputs) == 8
+    assert before + sum(map(len, outputs.values())) == 8 * 20
+    assert "a" in engine.adapters.resident
+    assert source.forgotten == ["c"]
+    assert "c" not in engine.adapters.resident
+    engine.adapters.retire("a")
+    assert source.forgotten == ["c", "a"]
+    engine.scheduler.check()
+
+
+def test_who_waits_for_room_is_not_starved_by_those_behind() -> None:
+    """A large adapter needs most of the pool; a stream of base requests would always take what comes free."""
+    source = FakeSource({"large": 12 * PER_FRAME})
+    engine = make_engine(source, num_frames=16)
+    serial = itertools.count()
+
+    def base() -> None:
+        engine.add_request(request(f"base{next(serial)}", range(4, 70), max_tokens=10, seed=next(serial)))
+
+    for _ in range(16):
+        base()
+    engine.step()
+    engine.add_request(request("large", range(4, 20), adapter="large", max_tokens=2))
+    done = False
+    for _ in range(400):
+        if len(engine.scheduler.live) < 20:
+            base()
+        done = done or any(delta.request_id == "large" and delta.last for delta in engine.step())
+    assert done
+
+
+def test_cancelling_the_last_who_wants_it_stops_the_fetch() -> None:
+    source = FakeSource({"big": 80})
+    engine = make_engine(source, num_frames=32)
+    engine.add_request(request("base", range(4, 20), max_tokens=60))
+    engine.add_request(request("adapted", range(4, 20), adapter="big"))
+    engine.step()
+    engine.step()
+    assert "big" in engine.adapters.resident
+    engine.cancel("adapted")
+    assert not engine.adapters.resident
+    assert engine.adapters.pages.num_used == 0
+    engine.scheduler.check()
+
+
+def test_what_never_fits_is_refused() -> None:
+    engine = make_engine(FakeSource({"huge": 16 * PER_FRAME, "large": 14 * PER_FRAME}), num_frames=16)
+    for name in ("huge", "unknown"):
+        with pytest.raises(InvalidParameter, match="adapter"):
+            engine.add_request(request("r", adapter=name))
+    with pytest.raises(ContextLengthExceeded):
+        engine.add_request(request("r", range(4, 4 + 128), adapter="large"))
+    engine.add_request(request("r", range(4, 4 + 120), adapter="large", max_tokens=None))
+    ((_, tokens),) = run(engine).items()
+    assert len(tokens) == 8
+
+
+def test_reset_lets_everything_go() -> None:
+    source = FakeSource({"a": 9, "b": 80})
+    engine = make_engine(source)
+    for name in ("a", "b"):
+        engine.add_request(request(name, adapter=name))
+    engine.step()
+    engine.reset()
+    assert engine.scheduler.cache.pages.pool.num_free == 16
+    engine.add_request(request("again", adapter="a"))
+    assert len(run(engine)) == 1
+
+
+# --- admission --------------------------------------------------------------------------------------------
+
+demands = st.lists(st.builds(Demand, st.integers(0, 60), st.integers(0, 40)), min_size=1, max_size=8)
+
+
+@given(demands)
+def test_the_peak_is_that_of_a_simulation(wanted: list[Demand]) -> None:
+    peak = 0
+    for step in range(max(d.left for d in wanted) + 1):
+        peak = max(peak, sum(d.have + step for d in wanted if d.left >= step))
+    assert peak_tokens(wanted) == peak
+    pages = max(
+        sum(-(-(d.have + step) // 16) for d in wanted if d.left >= step)
+        for step in range(max(d.left for d in wanted) + 1)
+    )
+    assert peak_pages(wanted) >= pages
+
+
+def test_reserving_never_preempts() -> None:
+    sizes = {f"a{i}": 1 + 5 * i for i in range(6)}
+    outputs = []
+    preempted = []
+    for admission in ("optimistic", "reserve"):
+        engine = make_engine(FakeSource(sizes), num_frames=10, admission=admission)
+        rng = np.random.default_rng(0)
+        for i in range(60):
+            adapter = f"a{i % 6}" if i % 3 else ""
+            prompt = range(4, 4 + int(rng.integers(1, 60)))
+            engine.add_request(
+                request(f"r{i}", prompt, seed=i, adapter=adapter, max_tokens=int(rng.integers(1, 90)))
+            )
+        outputs.append(run(engine))
+        preempted.append(engine.scheduler.num_preemptions)
+    assert outputs[0] == outputs[1]
+    assert preempted[0] > 0
+    assert preempted[1] == 0
+
+
+# --- any order of events ----------------------------------------------------------------------------------
+
+
+class Machine(RuleBasedStateMachine):
+    """Load, unload, replace, pin, request, cancel, step; `check` runs after every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source = FakeSource({})
+        self.engine = make_engine(self.source, num_frames=10, max_running=6)
+        self.names: dict[str, str] = {}
+        self.serial = itertools.count()
+        self.expected: dict[str, int] = {}
+        self.outputs: dict[str, int] = {}
+
+    @rule(name=st.sampled_from("xyz"), pages=st.integers(1, 8 * PER_FRAME))
+    def load(self, name: str, pages: int) -> None:
+        content = f"{name}{next(self.serial)}"
+        self.source.sizes[content] = pages
+        old = self.names.get(name)
+        self.names[name] = content
+        if old is not None:
+            self.engine.adapters.retire(old)
+
+    @precondition(lambda self: self.names)
+    @rule(data=st.data())
+    def unload(self, data: st.DataObject) -> None:
+        self.engine.adapters.retire(self.names.pop(data.draw(st.sampled_from(sorted(self.names)))))
+
+    @precondition(lambda self: self.names)
+    @rule(data=st.data(), on=st.booleans())
+    def pin(self, data: st.DataObject, on: bool) -> None:
+        pinned = self.engine.adapters.pinned
+        if not on or not pinned:
+            self.engine.adapters.pin(data.draw(st.sampled_from(sorted(self.names.values()))), on)
+
+    @rule(data=st.data(), length=st.integers(1, 40), tokens=st.integers(1, 30), n=st.integers(1, 3))
+    def add(self, data: st.DataObject, length: int, tokens: int, n: int) -> None:
+        adapter = self.names.get(data.draw(st.sampled_from("wxyz")), "")
+        name = f"r{next(self.serial)}"
+        self.engine.add_request(
+            request(name, range(4, 4 + length), seed=len(name), adapter=adapter, max_tokens=tokens, n=n)
+        )
+        self.expected[name] = tokens * n
+
+    @precondition(lambda self: self.engine.scheduler.live)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.engine.scheduler.live)))
+        self.engine.cancel(name)
+        del self.expected[name]
+        self.outputs.pop(name, None)
+
+    @rule(count=st.integers(1, 6))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            for delta in self.engine.step():
+                self.outputs[delta.request_id] = self.outputs.get(delta.request_id, 0) + len(delta.token_ids)
+
+    @invariant()
+    def books(self) -> None:
+        self.engine.scheduler.check()
+        pool = self.engine.scheduler.cache.pages.pool
+        pool.check()
+        frames = len(self.engine.scheduler.cache.pages.frames) + len(self.engine.adapters.pages.frames)
+        assert pool.num_free + frames == pool.num_frames
+
+    def teardown(self) -> None:
+        for name in list(self.engine.adapters.pinned):
+            self.engine.adapters.pin(name, False)
+        for _ in range(5000):
+            if not self.engine.has_work:
+                break
+            self.step(1)
+        assert self.outputs == self.expected
+        for content in self.names.values():
+            self.engine.adapters.retire(content)
+        assert not self.source.sizes
+        assert not self.engine.adapters.resident
+        assert self.engine.adapters.pages.num_used == 0
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, phases=(Phase.generate, Phase.reuse)
+)
