@@ -145,9 +145,13 @@ def summarise_rulers(rulers: list[Record]) -> dict[str, Any]:
     return {"read_gb_s": read_limit(rulers), "versions": rulers[-1].get("versions", {}), "gemm": gemm}
 
 
-def count_parameters(model: Path) -> int:
-    """Parameters of a safetensors checkpoint, read from the headers of its files."""
-    total = 0
+def count_parameters(model: Path) -> float:
+    """Parameters of a safetensors checkpoint that one token uses, read from the headers of its files; of a
+    mixture of experts as many as a token has, on average."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    experts = config.get("num_local_experts", config.get("num_experts", 1))
+    used = config.get("num_experts_per_tok", 1) / experts
+    total = 0.0
     for path in model.glob("*.safetensors"):
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -156,7 +160,7 @@ def count_parameters(model: Path) -> int:
                 size = 1
                 for length in tensor["shape"]:
                     size *= length
-                total += size
+                total += size * (used if ".experts." in name else 1)
     return total
 
 
