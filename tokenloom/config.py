@@ -40,14 +40,19 @@ def _at_least(low: int) -> dict[str, Any]:
 class ModelOptions:
     """Which model, and how its numbers are held."""
 
-    model: str = knob("", "Directory of a Hugging Face checkpoint; empty for the embedded model.")
-    served_model_name: str = knob("", "Name of the model in the API; empty for the directory's name.")
+    model: str = knob(
+        "", "Directory of a Hugging Face checkpoint, or a .gguf file; empty for the embedded model."
+    )
+    served_model_name: str = knob(
+        "", "Name of the model in the API; empty for the directory's or the file's name."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
         "auto",
         "Arithmetic. auto: bfloat16 for bf16 checkpoints and quantised weights on the native kernels, else float32.",
     )
-    weights: Literal["auto", "int8", "int4"] = knob(
-        "auto", "Format of the linears' weights: as in the checkpoint, or rounded to 8 or 4 bits at load."
+    weights: Literal["auto", "float", "int8", "int4"] = knob(
+        "auto",
+        "Format of the linears' weights: as in the checkpoint, widened to floats, or rounded to 8 or 4 bits at load.",
     )
     weight_cache: str = knob(
         "", "Directory that keeps packed weights, for a faster next start; empty for none."

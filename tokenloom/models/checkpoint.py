@@ -32,6 +32,7 @@ from tokenloom.models.safetensors_header import (
     parse_header,
 )
 from tokenloom.quantization.config import parse_quantization
+from tokenloom.quantization.gguf_blocks import BlockMatrix
 from tokenloom.quantization.weights import Int4Matrix
 
 SINGLE_FILE = "model.safetensors"
@@ -195,6 +196,10 @@ class Checkpoint:
         """Whether `source` is a linear stored in 4 bits."""
         return self.source_tensors(source) not in ((), (source,))
 
+    def blocks(self, source: str) -> BlockMatrix | None:
+        """None: blocks are for GGUF."""
+        return None
+
     def source_shape(self, source: str) -> tuple[int, ...]:
         """Shape of a source, [N, K] for a quantised linear, without reading it.
 
@@ -256,7 +261,7 @@ class Checkpoint:
             entry = self._entry(name)
             label = json.dumps([name, entry.dtype, entry.shape, is_full])
             hasher.update(label.encode("ascii") + b"\n")
-            for sample in _samples(self.tensor(name), is_full):
+            for sample in samples(self.tensor(name), is_full):
                 hasher.update(sample.data)
             self.release(name)
         return hasher.hexdigest()
@@ -283,7 +288,8 @@ def _part(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _samples(tensor: NDArray[Any], is_full: bool) -> Iterator[NDArray[np.uint8]]:
+def samples(tensor: NDArray[Any], is_full: bool) -> Iterator[NDArray[np.uint8]]:
+    """What of a tensor's bytes counts for `content_id`: all, or a few samples of a larger one."""
     data = tensor.reshape(-1).view(np.uint8)
     if is_full or len(data) <= _NUM_SAMPLES * SAMPLE_BYTES:
         yield data

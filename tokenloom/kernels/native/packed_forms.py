@@ -16,7 +16,7 @@ from tokenloom.kernels.program import PAIRED, Embed, Linear, Program
 
 Sources = Mapping[str, Sequence[tuple[str, int]]]
 """By name of each weight that will be packed, its sources as stored: (float32, bfloat16 or float16, 0), or
-("int4", inputs to a group)."""
+("int8", 0), or ("int4", inputs to a group)."""
 
 _TYPES: Mapping[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -59,9 +59,10 @@ def expected_forms(
 
 
 def _product_format(stored: Sequence[tuple[str, int]], chosen: str) -> tuple[str, int]:
-    """Format and group of a linear: 4 bits stay as they are where all of its sources have them."""
-    if all(kind == "int4" for kind, _ in stored):
-        return "int4", stored[0][1]
+    """Format and group of a linear: 8 and 4 bits stay as they are where all of its sources have them."""
+    for number in ("int8", "int4"):
+        if all(kind == number for kind, _ in stored):
+            return number, stored[0][1]
     return chosen, INT4_GROUP if chosen == "int4" else 0
 
 
