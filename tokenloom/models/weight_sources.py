@@ -178,7 +178,7 @@ def _source(
     if isinstance(found, BlockMatrix) and form.dtype == "int8":
         return found.int8()
     if isinstance(found, BlockMatrix) and form.dtype == "int4":
-        return found.int4() if found.has_four_bits else round_to_nearest.int4(found, form.group, name)
+        return found.int4(form.group)
     if isinstance(found, Int8Matrix | Int4Matrix) and form.dtype in ("int8", "int4"):
         return found
     if isinstance(found, BlockMatrix | Int8Matrix | Int4Matrix):

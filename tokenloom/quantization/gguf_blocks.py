@@ -50,7 +50,7 @@ class BlockMatrix:
 
     @property
     def has_four_bits(self) -> bool:
-        """Whether `int4` has a form for it."""
+        """Whether int4 in groups of 32 has as many bits."""
         return self.kind.name in _FOUR_BITS
 
     def __len__(self) -> int:
@@ -74,14 +74,11 @@ class BlockMatrix:
         """Rounded to one scale a row. Raises `ModelError` for a value that is not finite."""
         return round_to_nearest.int8(self, self.name)
 
-    def int4(self) -> Int4Matrix:
-        """In groups of 32, from a type of 4 bits only.
-
-        Q4_0 keeps every value. Q4_1 and Q4_K have a minimum where we have a whole zero: they are rounded as
-        `round_to_nearest.int4` rounds. Raises `ModelError` for a scale that is not finite.
-        """
-        if self.kind.name != "Q4_0":
-            return round_to_nearest.int4(self, GROUP, self.name)
+    def int4(self, group: int = GROUP) -> Int4Matrix:
+        """In groups of `group`. Q4_0 in groups of 32 keeps every value. All else, Q4_1 and Q4_K with their minima
+        too, is rounded as `round_to_nearest.int4` rounds. Raises `ModelError` for a value that is not finite."""
+        if self.kind.name != "Q4_0" or group != GROUP:
+            return round_to_nearest.int4(self, group, self.name)
         q = np.empty(self.shape, np.uint8)
         scales = np.empty((len(self), self.shape[1] // GROUP), np.float16)
         for rows in row_blocks(self.shape):
