@@ -101,7 +101,7 @@ class _Reader:
         if len(self.ids) < len(self.tokens):
             twice = next(token for i, token in enumerate(self.tokens) if self.ids[token] != i)
             raise ModelError(f"{file.path}: {_PREFIX}tokens with {shorten(twice)} twice", "different tokens")
-        self.kinds = self._numbers("token_type", "i", 1)
+        self.kinds = self._numbers("token_type", "iu", 1)
 
     def read(self) -> TokenizerFiles:
         is_pieces = self.model == "llama"
@@ -152,7 +152,7 @@ class _Reader:
         return backend, splitting.add_bos
 
     def _pieces(self) -> tuple[tokenizers.Tokenizer, bool]:
-        scores = self._numbers("scores", "f", 0.0)
+        scores = self._numbers("scores", "iuf", 0.0)
         unknown = self.file.integer(_PREFIX + "unknown_token_id", 0, len(self.tokens) - 1, default=0)
         model = models.BPE(
             vocab=self.ids,
@@ -203,12 +203,13 @@ class _Reader:
         return named[f"{name}_token"]
 
     def _numbers(self, name: str, kinds: str, default: float) -> Any:
-        """An array of one number a token."""
+        """An array of one number a token, of one of the numpy `kinds`."""
         key = _PREFIX + name
         if key not in self.file.metadata:
             return np.full(len(self.tokens), default)
         values = self.file.numbers(key)
-        if len(values) != len(self.tokens) or (kinds == "i" and values.dtype.kind not in "iu"):
+        is_sound = len(values) == len(self.tokens) and values.dtype.kind in kinds
+        if not is_sound or not np.isfinite(values).all():
             self.file.refuse(key, f"a number for each of the {len(self.tokens)} tokens")
         return values
 
