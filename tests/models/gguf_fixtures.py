@@ -102,9 +102,9 @@ def write_gguf(
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     writer = gguf.GGUFWriter(str(path), arch)
     _write_metadata(writer, arch, config)
+    (tokenizer or plain_tokenizer)(writer)
     for key, value in (metadata or {}).items():
         writer.add_key_value(key, *value)
-    (tokenizer or plain_tokenizer)(writer)
     rng = np.random.default_rng(1)
     written: dict[str, str] = {}
     with torch.no_grad():
