@@ -16,7 +16,7 @@ from tokenloom.quantization.gguf_blocks import GROUP, BlockMatrix, check_availab
 BLOCKS = [kind for kind in TYPES.values() if not kind.is_plain]
 # Root mean square of the error, relative to that of the values. The numbers of docs/quantization.md.
 INT8_LOSS = 0.012
-INT4_LOSS = {"Q4_0": 0.0, "Q4_1": 0.09, "Q4_K": 0.10}
+INT4_LOSS = {"Q4_0": 0.0, "Q4_1": 0.075, "Q4_K": 0.085}
 
 
 def matrix(name: str, shape: tuple[int, int] = (24, 1024)) -> BlockMatrix:

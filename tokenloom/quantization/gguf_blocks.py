@@ -14,10 +14,10 @@ import numpy as np
 
 from tokenloom.errors import ModelError, UnsupportedFeature
 from tokenloom.gguf.types import TensorType
-from tokenloom.quantization import round_to_nearest
+from tokenloom.quantization import least_squares, round_to_nearest
 from tokenloom.quantization.weights import Float16, Float32, Int4Matrix, Int8Matrix, UInt8, row_blocks
 
-GROUP: Final = 32
+GROUP: Final = least_squares.GROUP
 """Inputs that share a scale in the 4-bit types, and in the int4 that they become."""
 
 _FOUR_BITS: Final = ("Q4_0", "Q4_1", "Q4_K")
@@ -75,10 +75,13 @@ class BlockMatrix:
         return round_to_nearest.int8(self, self.name)
 
     def int4(self, group: int = GROUP) -> Int4Matrix:
-        """In groups of `group`. Q4_0 in groups of 32 keeps every value. All else, Q4_1 and Q4_K with their minima
-        too, is rounded as `round_to_nearest.int4` rounds. Raises `ModelError` for a value that is not finite."""
-        if self.kind.name != "Q4_0" or group != GROUP:
+        """In groups of `group`. For groups of 32, Q4_0 keeps every value, and the others of 4 bits, which have a
+        minimum where we have a whole zero, are fitted (`least_squares`). All else is rounded to the nearest step.
+        Raises `ModelError` for a value that is not finite."""
+        if group != GROUP or not self.has_four_bits:
             return round_to_nearest.int4(self, group, self.name)
+        if self.kind.name != "Q4_0":
+            return least_squares.int4(self, self.name)
         q = np.empty(self.shape, np.uint8)
         scales = np.empty((len(self), self.shape[1] // GROUP), np.float16)
         for rows in row_blocks(self.shape):
