@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.models.gguf_fixtures import VOCAB, gguf, random_model, write_gguf
-from tokenloom.errors import InvalidParameter, ModelError, TokenloomError
+from tokenloom.errors import InvalidParameter, ModelError, TokenloomError, UnsupportedFeature
 from tokenloom.gguf.file import GgufFile
 from tokenloom.kernels.native import extension
 from tokenloom.kernels.native.packed_forms import expected_forms, form_of
@@ -269,3 +270,20 @@ def test_random_mutations_are_refused_or_load(tmp_path: Path) -> None:
                 refused += 1
     assert loaded > 20
     assert refused > 100
+
+
+def test_a_missing_package_is_named(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UnsupportedFeature, match=r"tokenloom\[gguf\]"):
+        describe_model(model_file)
+
+
+def test_scales_that_are_not_finite_are_named(model_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    data = bytearray(model_file.read_bytes())
+    with GgufFile(model_file) as file:
+        at = file.tensors["blk.1.ffn_down.weight"].begin
+    data[at : at + 2] = np.float16(np.inf).tobytes()
+    path.write_bytes(data)
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.down_proj\.weight"):
+        load_model(path)

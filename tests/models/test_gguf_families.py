@@ -204,6 +204,19 @@ def test_blocks_that_are_turned_fused_or_interleaved(architecture: str) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("architecture", ["GPT2", "Phi3", "Gemma2", "Granite"])
+@each_numerics(Numerics("native", "bfloat16", "bfloat16"))
+def test_and_the_native_kernels_pack_them(architecture: str, numerics: Numerics) -> None:
+    file = quantized("mixed", architecture)
+    expected = file.expected[:SHORT]
+    text = tokens()[:SHORT]
+    for weights, bound in (("int8", 0.25), ("auto", 0.6)):
+        made = executor(file.path, numerics, weights)
+        found = logits_of(made, text, [SHORT])
+        assert np.abs(found - expected).mean() < bound * np.abs(expected).mean()
+        assert (logits_of(made, text, [33, 1, 29, 1]) == found).all()
+
+
 # Mean distance of logits, relative to their mean size; random weights are hard on it. Another model is above 1.
 BOUNDS = {"BF16": 1e-4, "Q4_1": 0.5, "Q4_K": 0.5, "mixed": 0.3}
 

@@ -251,12 +251,10 @@ class _Cursor:
 
 def _alignment(metadata: Mapping[str, Value], where: str) -> int:
     value = metadata.get(_ALIGNMENT_KEY, _DEFAULT_ALIGNMENT)
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if not is_integer or not 8 <= value <= MAX_ALIGNMENT or value & (value - 1):  # type: ignore[operator]
-        raise ModelError(
-            f"{where}: {_ALIGNMENT_KEY} = {shorten(value)}", f"a power of two from 8 to {MAX_ALIGNMENT}"
-        )
-    return value  # type: ignore[return-value]
+    if type(value) is int and 8 <= value <= MAX_ALIGNMENT and not value & (value - 1):
+        return value
+    limit = f"a power of two from 8 to {MAX_ALIGNMENT}"
+    raise ModelError(f"{where}: {_ALIGNMENT_KEY} = {shorten(value)}", limit)
 
 
 def _placed(

@@ -85,10 +85,13 @@ class GgufCheckpoint:
 
     @property
     def main_dtype(self) -> _Float:
-        """The float type that most bytes of matrices are stored in; float32 where all are blocks."""
+        """The float type that most bytes of matrices are stored in; float32 where any are in blocks, whose values
+        are of that type."""
         totals = dict.fromkeys(_FLOATS, 0)
         for info in self._file.tensors.values():
-            if info.kind.is_plain and len(info.shape) > 1:
+            if not info.kind.is_plain:
+                return "float32"
+            if len(info.shape) > 1:
                 totals[info.kind.name] += info.end - info.begin
         return _FLOATS[max(totals, key=lambda name: totals[name])]
 

@@ -63,7 +63,7 @@ class Naming:
 
     def is_interleaved(self, name: str) -> bool:
         """Whether the rows of tensor `name` have to be put in order."""
-        return (self.interleaved and ".attn_q." in name) or (self.interleaved and ".attn_k." in name)
+        return self.interleaved and (".attn_q." in name or ".attn_k." in name)
 
     def is_turned(self, name: str) -> bool:
         """Whether the tensor is a linear that Hugging Face stores the other way."""

@@ -109,7 +109,7 @@ def describe_model(
         chosen = resolve_weights(weights, checkpoint)
         program = build_program(config)
         described = ModelDescription(config=config, program=program, generation=architecture.generation)
-        if chosen != "float" and not any(checkpoint.blocks(name) for name in checkpoint.names):
+        if chosen != "float" and all(checkpoint.blocks(name) is None for name in checkpoint.names):
             return described
         check_weights(program, checkpoint)
         return replace(

@@ -67,9 +67,9 @@ def weight_sources(
 
     `weights` "int8" or "int4" rounds linears, head and embedding as `roundings` says; arrays are left alone where
     the caller `packs`, and with it rounds, them itself. Blocks of GGUF become what `block_forms` says. `progress`
-    is called for
-    each source once its weight is done with. Raises `ModelError` as `check_weights`, before the first weight
-    is read, and for values that cannot be unpacked or rounded; `InvalidParameter` as `resolve_weights`.
+    is called for each source once its weight is done with. Raises `ModelError` as `check_weights`, before the
+    first weight is read, and for values that cannot be unpacked or rounded; `InvalidParameter` as
+    `resolve_weights`.
     """
     chosen = resolve_weights(weights, checkpoint)
     check_weights(program, checkpoint)
@@ -294,7 +294,7 @@ def check_weights(program: Program, checkpoint: WeightFiles) -> None:
     if problems:
         shown = "; ".join(problems[:50]) + (f"; and {len(problems) - 50} more" if len(problems) > 50 else "")
         raise ModelError(
-            f"weights in {checkpoint.directory} that do not fit config.json: {shown}",
+            f"weights in {checkpoint.directory} that do not fit the configuration: {shown}",
             "all tensors of the model and no others",
         )
 
