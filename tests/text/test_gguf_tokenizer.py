@@ -215,6 +215,11 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], dict[str, Any], str]] = {
     "types that are fractions": (byte_level, {"token_type": [0.5] * 264}, "tokenizer.ggml.token_type"),
     "too few scores": (pieces, {"scores": [0.0]}, "tokenizer.ggml.scores"),
     "a score that is no number": (pieces, {"scores": [float("nan")] * 269}, "tokenizer.ggml.scores"),
+    "a piece like a book": (
+        pieces,
+        {"tokens": [*pieces()["tokens"][:-10], "a" * 300, *map(str, range(9))]},
+        "300 char",
+    ),
     "a bos beyond the tokens": (byte_level, {"bos_token_id": 264}, "bos_token_id = 264"),
     "a bos that is not there": (byte_level, {"bos_token_id": None, "add_bos_token": True}, "bos_token_id"),
     "a flag that is a word": (byte_level, {"add_bos_token": "yes"}, "add_bos_token = 'yes'"),

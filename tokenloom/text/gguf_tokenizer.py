@@ -21,9 +21,11 @@ from tokenloom.text.tokenizer_files import TokenizerFiles
 _PREFIX: Final = "tokenizer.ggml."
 _TEMPLATE: Final = "tokenizer.chat_template"
 _MAX_TOKENS: Final = 1 << 24
-_MAX_PIECE: Final = 1 << 10
+_MAX_PIECE: Final = 256
+"""Characters of a piece: every place in it is tried for a merge."""
 
 # Types of tokens, as SentencePiece numbers them.
+_NORMAL: Final = 1
 _UNKNOWN: Final = 2
 _CONTROL: Final = 3
 _USER_DEFINED: Final = 4
@@ -153,6 +155,10 @@ class _Reader:
 
     def _pieces(self) -> tuple[tokenizers.Tokenizer, bool]:
         scores = self._numbers("scores", "iuf", 0.0)
+        for token, kind in zip(self.tokens, self.kinds, strict=True):
+            if kind == _NORMAL and len(token) > _MAX_PIECE:
+                found = f"{self.file.path}: the piece {shorten(token)} of {len(token)} characters"
+                raise ModelError(found, f"pieces of at most {_MAX_PIECE}")
         unknown = self.file.integer(_PREFIX + "unknown_token_id", 0, len(self.tokens) - 1, default=0)
         model = models.BPE(
             vocab=self.ids,
@@ -174,13 +180,13 @@ class _Reader:
         files do not say: llama.cpp goes by the name of the model, and so must we."""
         name = self.file.text("general.name", "").lower()
         strips = "phi-3" in name or "phi3" in name
+        added = []
         for i in np.flatnonzero(np.isin(self.kinds, (_UNKNOWN, _CONTROL, _USER_DEFINED))).tolist():
             token = self.tokens[i]
             rstrip = strips and token not in ("<unk>", "<s>", "<|endoftext|>")
             special = bool(self.kinds[i] != _USER_DEFINED)
-            backend.add_tokens(
-                [tokenizers.AddedToken(token, special=special, normalized=False, rstrip=rstrip)]
-            )
+            added.append(tokenizers.AddedToken(token, special=special, normalized=False, rstrip=rstrip))
+        backend.add_tokens(added)
 
     def _named(self, is_pieces: bool) -> dict[str, str]:
         names = {
@@ -232,7 +238,7 @@ def _merges(ids: Mapping[str, int], scores: Sequence[float]) -> Iterator[tuple[s
     for i in order:
         token = tokens[i]
         if len(token) > _MAX_PIECE:
-            continue
+            continue  # no normal piece: these are found whole, before anything is merged
         parts = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
         known = [pair for pair in parts if pair[0] in ids and pair[1] in ids]
         yield from sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
