@@ -223,17 +223,23 @@ def roundings(program: Program, weights: WeightFormat) -> dict[str, Literal["int
 
 
 def stored_bytes(program: Program, checkpoint: WeightFiles, weights: WeightFormat = "auto") -> int:
-    """Bytes of the numbers of all weights in their format: as in the checkpoint, or rounded."""
+    """Bytes of the numbers of all weights in their format: as in the checkpoint, rounded, or what blocks become."""
     chosen = roundings(program, weights)
+    blocks = block_forms(program, checkpoint, weights)
     total = 0
     for spec in program.weights:
-        rounding = chosen.get(spec.name)
-        if rounding is None:
+        rounding: str | None = chosen.get(spec.name)
+        group = round_to_nearest.DEFAULT_GROUP
+        if rounding is None and spec.name in blocks:
+            rounding, group = blocks[spec.name]
+        if rounding == "float32":
+            total += 4 * math.prod(spec.shape)
+        elif rounding is None:
             total += sum(map(checkpoint.source_bytes, spec.sources))
         elif rounding == "int8":
             total += int8_bytes(spec.shape)
         else:
-            total += int4_bytes(spec.shape, round_to_nearest.DEFAULT_GROUP)
+            total += int4_bytes(spec.shape, group)
     return total
 
 
