@@ -169,6 +169,18 @@ def test_windows_of_mistral_and_gemma(write: Callable[..., Path]) -> None:
         read_architecture(path)
 
 
+def test_gemma_stretches_the_layers_that_see_all(write: Callable[..., Path]) -> None:
+    scaling = {
+        "gemma3__rope__scaling__type": ("linear", T.STRING),
+        "gemma3__rope__scaling__factor": f32(8.0),
+        "gemma3__rope__freq_base": f32(1e6),
+    }
+    config = read_architecture(write("Gemma3", {"head_dim": 32}, **scaling)).config
+    assert config.local_rope is not None
+    assert (config.rope.kind, config.rope.factor, config.rope.theta) == ("linear", 8.0, 1e6)
+    assert (config.local_rope.kind, config.local_rope.theta) == ("default", 1e4)
+
+
 def test_a_directory_with_one_file(model_file: Path, tmp_path: Path) -> None:
     shutil.copy(model_file, tmp_path / "any name.gguf")
     assert describe_model(tmp_path).config == describe_model(model_file).config

@@ -257,22 +257,16 @@ class _Reader:
     # --- the rest ----------------------------------------------------------------------------------------
 
     def _special_tokens(self, vocab_size: int) -> dict[str, Any]:
-        prefix = "tokenizer.ggml."
-        last = vocab_size - 1
-        is_pieces = self.file.text(prefix + "model", "") == "llama"
-        bos = self.file.integer(prefix + "bos_token_id", 0, last, default=1) if is_pieces else (
-            self.file.optional_integer(prefix + "bos_token_id", 0, last)
-        )  # fmt: skip
-        ends = [
-            self.file.optional_integer(f"{prefix}{name}_token_id", 0, last) for name in ("eos", "eot", "eom")
-        ]
-        if ends[0] is None and is_pieces:
-            ends[0] = 2
-        found = [token for token in ends if token is not None]
-        return {
-            "bos_token_id": bos,
-            "eos_token_id": list(dict.fromkeys([*found, *self._ends_of_turn()])) or None,
-        }
+        # What llama.cpp takes for SentencePiece vocabularies that do not say.
+        ids: dict[str, int | None] = {"bos": None, "eos": None, "eot": None, "eom": None}
+        if self.file.text("tokenizer.ggml.model", "") == "llama":
+            ids |= {"bos": 1, "eos": 2}
+        for name in ids:
+            found = self.file.optional_integer(f"tokenizer.ggml.{name}_token_id", 0, vocab_size - 1)
+            ids[name] = ids[name] if found is None else found
+        ends = [token for name in ("eos", "eot", "eom") if (token := ids[name]) is not None]
+        ends = list(dict.fromkeys([*ends, *self._ends_of_turn()]))
+        return {"bos_token_id": ids["bos"], "eos_token_id": ends or None}
 
     def _ends_of_turn(self) -> Iterable[int]:
         """Control tokens that are spelt as the end of a turn."""
