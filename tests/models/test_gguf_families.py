@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.kernels.harness import Numerics, each_numerics, page_bytes_of
-from tests.models.gguf_fixtures import VOCAB, all_float32, random_model, torch, write_gguf
+from tests.models.gguf_fixtures import VOCAB, all_float32, random_model, torch, transformers, write_gguf
 from tests.models.test_families import logits_of
 from tokenloom.errors import ModelError
 from tokenloom.kernels.native import extension
@@ -254,3 +254,16 @@ def test_a_file_whose_rows_are_no_heads(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(ModelError, match="head_count"):
         load_model(path)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "mixed"])
+def test_logits_equal_those_of_transformers_own_reader(kind: str) -> None:
+    """Here transformers reads the file by itself."""
+    file = quantized(kind)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.path.parent, gguf_file=file.path.name, dtype=torch.float32
+    )
+    with torch.no_grad():
+        theirs = model(torch.tensor([tokens()[:SHORT]])).logits[0].numpy()
+    found = logits_of(executor(file.path, Numerics(), "float"), tokens()[:SHORT], [SHORT])
+    np.testing.assert_allclose(found, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
