@@ -42,19 +42,21 @@ class ModelOptions:
 
     model: str = knob(
         "",
-        "Directory of a Hugging Face checkpoint, or the name (org/name) of one in the local cache of the hub; "
-        "empty for the embedded model.",
+        "Directory of a Hugging Face checkpoint, a .gguf file, or the name (org/name) of a checkpoint in the local "
+        "cache of the hub; empty for the embedded model.",
     )
     revision: str = knob("", "Branch, tag or commit of a model in the cache of the hub; empty for main.")
     served_model_name: str = knob(
-        "", "Name of the model in the API; empty for org/name or the directory's name."
+        "",
+        "Name of the model in the API; empty for org/name, or the name of the directory or the file.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
         "auto",
         "Arithmetic. auto: bfloat16 for bf16 checkpoints and quantised weights on the native kernels, else float32.",
     )
-    weights: Literal["auto", "int8", "int4"] = knob(
-        "auto", "Format of the linears' weights: as in the checkpoint, or rounded to 8 or 4 bits at load."
+    weights: Literal["auto", "float", "int8", "int4"] = knob(
+        "auto",
+        "Format of the linears' weights: as in the checkpoint, widened to floats, or rounded to 8 or 4 bits at load.",
     )
     weight_cache: str = knob(
         "", "Directory that keeps packed weights, for a faster next start; empty for none."

@@ -16,6 +16,12 @@ TokenloomError
 from __future__ import annotations
 
 
+def shorten(value: object, limit: int = 100) -> str:
+    """`repr(value)` cut to `limit` characters, for error messages."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 class TokenloomError(Exception):
     """Base of every error that is meant for a user."""
 
@@ -33,10 +39,7 @@ class InvalidParameter(TokenloomError):
         self.value = value
         self.limit = limit
         self.code = code
-        shown = repr(value)
-        if len(shown) > 100:
-            shown = shown[:97] + "..."
-        super().__init__(message or f"{param}: got {shown}, but it must be {limit}")
+        super().__init__(message or f"{param}: got {shorten(value)}, but it must be {limit}")
 
 
 class ContextLengthExceeded(InvalidParameter):

@@ -382,3 +382,17 @@ def test_a_real_checkpoint_of_the_test_data(shared_data: Path, method: str) -> N
     for directory in found:
         model = load_model(directory)
         assert all(np.isfinite(weight.astype(np.float32)).all() for weight in model.weights.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_widened_to_the_values_that_it_has(tmp_path: Path, method: str) -> None:
+    packed, plain, config = make(method)
+    directory = write_model(tmp_path / "packed", config, packed)
+    described = describe_model(directory, weights="float")
+    assert described.stored is not None
+    assert not described.is_quantized
+    assert describe_model(directory).is_quantized
+    model = load_model(directory, weights="float")
+    for name, weight in load_model(write_model(tmp_path / "plain", CONFIG, plain)).weights.items():
+        assert (model.weights[name].astype(np.float32) == weight.astype(np.float32)).all()
+    assert model.identity == f"{model.content_id}:float"

@@ -3,6 +3,7 @@ refused."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from tokenloom.kernels.native.packed_forms import expected_forms, form_of
 from tokenloom.kernels.program import Gather, Linear, Program
 from tokenloom.models.checkpoint import Checkpoint
 from tokenloom.models.loading import LoadedModel, describe_model, load_model, load_weights
-from tokenloom.models.memory_plan import native_building_bytes, packed_weight_bytes
+from tokenloom.models.memory_plan import native_building_bytes, packed_weight_bytes, packed_weights
 from tokenloom.models.registry import build_program
-from tokenloom.models.weight_sources import source_forms, weight_sources
+from tokenloom.models.weight_sources import source_forms, stored_bytes, weight_sources
 from tokenloom.quantization import round_to_nearest
 
 STACK = f"{Q}.weight+{K}.weight+{V}.weight"
@@ -239,6 +240,41 @@ def test_the_plan_covers_what_is_read(tmp_path: Path, name: str, kept: str) -> N
             most = max(most, held)
     assert most > 0
     assert native_building_bytes(described.config, described.program, {}) >= most
+
+
+@pytest.mark.parametrize("kept", ["", "v_proj"])
+@pytest.mark.parametrize("name", STORED)
+def test_widened_to_the_values_that_it_has(tmp_path: Path, name: str, kept: str) -> None:
+    packed, plain, config = make_stored(STORED[name], lambda name: bool(kept) and kept in name)
+    leave(config, kept)
+    if kept and name == "gptq ordered":
+        pytest.skip("refused")
+    directory = write_model(tmp_path, config, packed)
+    described = describe_model(directory, weights="float")
+    assert (described.is_quantized, described.config.dtype) == (False, "float32")
+    for start, read in ((load_model, lambda weight: weight.astype(np.float32)), (load, values)):
+        model = start(directory, weights="float")
+        check_values(model, plain, STORED[name].distance, read)
+        assert model.identity == f"{model.content_id}:float"
+    program, config = described.program, described.config
+    wanted = packed_weights(config, program, "float32", "float", described.stored)
+    assert {name: form_of(weight) for name, weight in model.weights.items()} == wanted
+    assert {form.format for form in wanted.values() if form.kind == "packed"} == {"float32"}
+    with Checkpoint.open(directory) as checkpoint:
+        forms = source_forms(program, checkpoint, "float")
+        most = 0
+        for spec, sources in weight_sources(program, checkpoint, "float"):
+            assert tuple(source.dtype.name for source in sources) == tuple(
+                form.dtype for form in forms[spec.name]
+            )
+            widened = [source.nbytes for source in sources if source.dtype == np.float32]
+            most = max(most, sum(widened))
+        assert native_building_bytes(config, program, {}, described.reading_bytes) >= most > 0
+        held = 0
+        for spec in program.weights:
+            wide = any(form.dtype in ("float32", "int32") for form in forms[spec.name])
+            held += math.prod(spec.shape) * (4 if wide else 2)
+        assert stored_bytes(program, checkpoint, "float") == held
 
 
 # --- plain 8-bit floats ------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from tests.serving.helpers import write_tokenizer
 from tokenloom import LLM, SamplingParams
 from tokenloom.config import hub_cache
 from tokenloom.errors import InvalidParameter, ModelError
+from tokenloom.gguf.file import find_gguf
 from tokenloom.serving.hub_cache import cached_snapshot, is_model_name
 from tokenloom.serving.model_directory import model_directory, model_name
 
@@ -192,6 +193,32 @@ def test_shards_that_are_missing(cache: Path, files: dict[str, bytes], tmp_path:
     parts["model.safetensors.index.json"] = b'{"weight_map": 3}'
     store(cache, "org/odd", parts)
     assert model_directory("org/odd").is_dir()  # the loader says what is wrong with it
+
+
+def test_a_gguf_file(cache: Path) -> None:
+    snapshot = store(cache, "org/files", {"model.gguf": b"GGUF", "README.md": b""})
+    assert model_directory("org/files") == snapshot
+    assert model_name("org/files", "") == "org/files"
+    assert find_gguf(snapshot) == snapshot / "model.gguf"
+    several = store(cache, "org/several", {"a.gguf": b"GGUF", "b.gguf": b"GGUF"})
+    assert model_directory("org/several") == several
+    with pytest.raises(ModelError, match=r"2 .gguf files.*'a.gguf', 'b.gguf'"):
+        LLM("org/several")
+    (cache / "models--org--files" / "blobs").rename(cache / "elsewhere")
+    with pytest.raises(ModelError, match="incomplete"):
+        model_directory("org/files")
+
+
+def test_a_gguf_file_by_its_path(tmp_path: Path) -> None:
+    file = tmp_path / "Some Model.GGUF"
+    file.write_bytes(b"GGUF")
+    assert (model_directory(str(file)), model_name(str(file), "")) == (file, "Some Model")
+    with pytest.raises(InvalidParameter, match="left out: the model is a file"):
+        model_directory(str(file), "main")
+    other = tmp_path / "model.bin"
+    other.write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"a file at .*or a \.gguf file"):
+        model_directory(str(other))
 
 
 def test_nothing_is_fetched(cache: Path, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from tokenloom.engine.batch import PAGE_SIZE, Executor, LogitRows, TokenBatch, Work
 from tokenloom.errors import InvalidParameter
-from tokenloom.models.checkpoint import Checkpoint
 from tokenloom.models.loading import describe_model
+from tokenloom.models.model_files import open_checkpoint
 from tokenloom.models.weight_sources import resolve_weights, stored_bytes
 
 ROWS: Final = 64
@@ -64,7 +64,7 @@ def weight_sizes(directory: Path, weights: str) -> tuple[int, int]:
     Raises `ModelError` and `InvalidParameter` as `describe_model`.
     """
     program = describe_model(directory, weights=weights).program
-    with Checkpoint.open(directory) as checkpoint:
+    with open_checkpoint(directory) as checkpoint:
         chosen = resolve_weights(weights, checkpoint)
         return stored_bytes(program, checkpoint), stored_bytes(program, checkpoint, chosen)
 

@@ -43,7 +43,7 @@ def read_text(path: Path | None) -> str:
 def run(config: Config, report: bool, text: Path | None, tokens: int, as_json: bool) -> None:
     """Compare the model with itself in the weight format of `config`, and print the report."""
     weights = config.model.weights
-    if weights == "auto":
+    if weights not in ("int8", "int4"):
         raise InvalidParameter("weights", weights, "int8 or int4")
     if not report:
         raise InvalidParameter(

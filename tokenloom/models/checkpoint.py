@@ -33,6 +33,7 @@ from tokenloom.models.safetensors_header import (
 )
 from tokenloom.quantization.config import parse_quantization
 from tokenloom.quantization.fp8 import FLOAT8, widen
+from tokenloom.quantization.gguf_blocks import BlockMatrix
 from tokenloom.quantization.linear_format import LinearFormat, unpack_linear
 from tokenloom.quantization.weights import Int4Matrix, Int8Matrix
 
@@ -230,6 +231,10 @@ class Checkpoint:
         dtype = self.dtype(source)
         return ("bfloat16" if dtype in FLOAT8 else dtype), 0
 
+    def blocks(self, source: str) -> BlockMatrix | None:
+        """None: blocks are for GGUF."""
+        return None
+
     def source_shape(self, source: str) -> tuple[int, ...]:
         """Shape of a source, [N, K] for a quantised linear, without reading it.
 
@@ -310,7 +315,7 @@ class Checkpoint:
             entry = self._entry(name)
             label = json.dumps([name, entry.dtype, entry.shape, is_full])
             hasher.update(label.encode("ascii") + b"\n")
-            for sample in _samples(self.tensor(name), is_full):
+            for sample in samples(self.tensor(name), is_full):
                 hasher.update(sample.data)
             self.release(name)
         return hasher.hexdigest()
@@ -337,7 +342,8 @@ def _part(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _samples(tensor: NDArray[Any], is_full: bool) -> Iterator[NDArray[np.uint8]]:
+def samples(tensor: NDArray[Any], is_full: bool) -> Iterator[NDArray[np.uint8]]:
+    """What of a tensor's bytes counts for `content_id`: all, or a few samples of a larger one."""
     data = tensor.reshape(-1).view(np.uint8)
     if is_full or len(data) <= _NUM_SAMPLES * SAMPLE_BYTES:
         yield data

@@ -14,10 +14,11 @@ import numpy as np
 from tokenloom.errors import ModelError
 from tokenloom.kernels.program import BufferSpec, Gather, Linear, Op, Program, WeightSpec
 from tokenloom.kernels.program_check import check_program
-from tokenloom.models.checkpoint import INPUT_ORDER, Checkpoint
+from tokenloom.models.checkpoint import INPUT_ORDER
+from tokenloom.models.weight_files import WeightFiles
 
 
-def order_inputs(program: Program, checkpoint: Checkpoint) -> Program:
+def order_inputs(program: Program, checkpoint: WeightFiles) -> Program:
     """`program` with a `Gather` before each linear, and before the head, whose inputs `checkpoint` reorders.
 
     The linears that are stacked in one weight must share one order, since they read one row. Raises `ModelError`
@@ -64,7 +65,7 @@ def order_inputs(program: Program, checkpoint: Checkpoint) -> Program:
     return ordered
 
 
-def _shared_order(spec: WeightSpec, checkpoint: Checkpoint) -> str | None:
+def _shared_order(spec: WeightSpec, checkpoint: WeightFiles) -> str | None:
     """The first source of `spec` if its inputs are reordered, and with them those of all others."""
     orders = [checkpoint.input_order(source) for source in spec.sources]
     first = orders[0]

@@ -5,31 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
 from tokenloom.errors import ModelError
+from tokenloom.errors import shorten as shorten
+from tokenloom.regular_file import open_regular as open_regular
 
 MAX_CONFIG_BYTES = 8 << 20
 """Largest config.json or generation_config.json that is read; real ones have a few kilobytes."""
-
-
-def open_regular(path: Path) -> int:
-    """A read-only file descriptor of a regular file; the caller closes it.
-
-    Raises `ModelError` for anything else. O_NONBLOCK: opening a FIFO in the directory must not hang.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ModelError(f"{path}: {reason}", "a readable file") from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise ModelError(f"{path}, which is not a regular file", "a readable file")
-    return fd
 
 
 def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
@@ -73,12 +58,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"the key {key[:80]!r} stands twice in one object")
             seen.add(key)
     return result
-
-
-def shorten(value: object, limit: int = 100) -> str:
-    """`repr(value)` cut to `limit` characters, for error messages."""
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 class Fields:

@@ -1,4 +1,4 @@
-"""From a Hugging Face directory to a model in memory: configuration, forward pass, weights, RoPE tables.
+"""From a Hugging Face directory or a GGUF file to a model in memory: configuration, forward pass, weights, RoPE tables.
 
 Names and shapes are checked against the program before the first weight is allocated; then the tensors are
 converted one by one, and the pages of each source are given back, so that loading peaks at the weights plus
@@ -18,18 +18,20 @@ from numpy.typing import NDArray
 
 from tokenloom.errors import InvalidParameter, ModelError
 from tokenloom.kernels.program import Program, WeightSpec
-from tokenloom.models.checkpoint import Checkpoint
 from tokenloom.models.config import ModelConfig
-from tokenloom.models.hf_config import GenerationDefaults, read_config, read_generation_defaults
+from tokenloom.models.hf_config import GenerationDefaults
 from tokenloom.models.input_order import order_inputs
+from tokenloom.models.model_files import open_checkpoint, read_architecture
 from tokenloom.models.registry import build_program
 from tokenloom.models.rope import limit_context, rope_tables, table_bytes
+from tokenloom.models.weight_files import WeightFiles
 from tokenloom.models.weight_sources import (
     ProgressListener,
     SourceForm,
     WeightFormat,
     WeightSource,
     check_weights,
+    reading_bytes,
     resolve_weights,
     roundings,
     source_forms,
@@ -46,11 +48,24 @@ _TYPES: Mapping[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDescription:
-    """What is known of a model before its weights are read, enough for a `MemoryPlan`."""
+    """What is known of a model before its weights are read, enough for a `MemoryPlan`.
+
+    `stored` are the forms in which the sources of each weight will come out of the files, and `reading_bytes` what
+    those of one weight take at most that are no views of them; None and 0 where `config` tells both.
+    """
 
     config: ModelConfig
     program: Program
     generation: GenerationDefaults
+    stored: Mapping[str, Sequence[SourceForm]] | None = None
+    reading_bytes: int = 0
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether some weights come out of the files in 8 or 4 bits."""
+        if self.stored is None:
+            return self.config.quantization is not None
+        return any(form.dtype in ("int8", "int4") for forms in self.stored.values() for form in forms)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,19 +96,31 @@ class LoadedModel:
 def describe_model(
     directory: str | Path, *, max_context: int | None = None, weights: str = "auto"
 ) -> ModelDescription:
-    """Read the configuration of `directory` and the headers of its files, and build its program; no weight is
-    read, but for the orders of inputs.
+    """Read the configuration of `directory` (or of a GGUF file) and the headers of its files, and build its program;
+    no weight is read, but for the orders of inputs.
 
     `max_context` (None or 0: all that the model allows) cuts `config.max_context`. Raises `ModelError`, and
     `InvalidParameter` for a context that the model cannot serve, and for `weights` that do not go with it.
     """
-    config = limit_context(read_config(directory), max_context)
-    with Checkpoint.open(directory) as checkpoint:
+    architecture = read_architecture(directory)
+    config = limit_context(architecture.config, max_context)
+    with open_checkpoint(directory) as checkpoint:
         # config.json is sometimes wrong about the type; the tensors are the fact.
         config = replace(config, dtype=checkpoint.main_dtype)
-        resolve_weights(weights, checkpoint)
+        chosen = resolve_weights(weights, checkpoint)
+        if chosen == "float" and checkpoint.quantization is not None:
+            # What is widened has values of no narrower type.
+            config = replace(config, dtype="float32")
         program = order_inputs(build_program(config), checkpoint)
-    return ModelDescription(config=config, program=program, generation=read_generation_defaults(directory))
+        described = ModelDescription(config=config, program=program, generation=architecture.generation)
+        if chosen != "float" and all(checkpoint.blocks(name) is None for name in checkpoint.names):
+            return described
+        check_weights(program, checkpoint)
+        return replace(
+            described,
+            stored=source_forms(program, checkpoint, chosen),
+            reading_bytes=reading_bytes(program, checkpoint, chosen),
+        )
 
 
 class Packer(Protocol):
@@ -120,20 +147,20 @@ def load_model(
     packer: Packer | None = None,
     cache: Cache | None = None,
 ) -> LoadedModel:
-    """Load the model in `directory`.
+    """Load the model in `directory`, or in a GGUF file.
 
     `dtype` "auto" is float32 arithmetic, in which the values of bf16 and fp16 checkpoints are exact.
     "bfloat16" and "float16" round the weights to these formats (to nearest, ties to even). `weights` "int8" and
-    "int4" round linears, head and embedding to these formats. `progress` as in `load_weights`. With a `packer`
-    the weights are what it makes of the sources, formats included, and `cache` keeps them for the next start.
-    Raises `ModelError`, `OutOfMemory` (RoPE tables), and `InvalidParameter` for `dtype`, `weights` or
-    `max_context`.
+    "int4" round linears, head and embedding to these formats; "float" widens what is quantised. `progress` as in
+    `load_weights`. With a `packer` the weights are what it makes of the sources, formats included, and `cache`
+    keeps them for the next start. Raises `ModelError`, `OutOfMemory` (RoPE tables), and `InvalidParameter` for
+    `dtype`, `weights` or `max_context`.
     """
     chosen = resolve_dtype(dtype)
     described = describe_model(directory, max_context=max_context, weights=weights)
     # Refuses now what would else fail after the weights have been read.
     table_bytes(described.config, described.config.max_context)
-    with Checkpoint.open(directory) as checkpoint:
+    with open_checkpoint(directory) as checkpoint:
         weight_format = resolve_weights(weights, checkpoint)
         content_id = checkpoint.content_id()
         loaded: dict[str, Any]
@@ -157,7 +184,7 @@ def load_model(
 
 def _packed_weights(
     program: Program,
-    checkpoint: Checkpoint,
+    checkpoint: WeightFiles,
     packer: Packer,
     formats: tuple[str, WeightFormat],
     cache: Cache | None,
@@ -166,13 +193,13 @@ def _packed_weights(
 ) -> dict[str, Any]:
     if cache is not None:
         check_weights(program, checkpoint)
-        kept = cache.load(key, source_forms(program, checkpoint))
+        kept = cache.load(key, source_forms(program, checkpoint, formats[1]))
         if kept is not None:
             return kept
     loaded: dict[str, Any] = {}
     dtype, weight_format = formats
     rounded = roundings(program, weight_format)
-    for spec, sources in weight_sources(program, checkpoint, "auto", progress):
+    for spec, sources in weight_sources(program, checkpoint, weight_format, progress, packs=True):
         try:
             loaded[spec.name] = packer.pack(spec, sources)
         except ValueError as error:
@@ -215,7 +242,7 @@ def resolve_dtype(dtype: str, *, narrow: bool = False) -> Literal["float32", "bf
 
 def load_weights(
     program: Program,
-    checkpoint: Checkpoint,
+    checkpoint: WeightFiles,
     dtype: str = "auto",
     progress: ProgressListener | None = None,
     *,

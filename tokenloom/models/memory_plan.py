@@ -18,7 +18,7 @@ from typing import cast
 from tokenloom.engine.batch import PAGE_SIZE
 from tokenloom.errors import InvalidParameter, OutOfMemory
 from tokenloom.kernels.backend import kv_page_bytes
-from tokenloom.kernels.native.packed_forms import WeightForm, expected_forms
+from tokenloom.kernels.native.packed_forms import Sources, WeightForm, expected_forms
 from tokenloom.kernels.native.sizes import form_bytes, hidden_bytes, step_bytes
 from tokenloom.kernels.program import Embed, Program, Route, WeightSpec
 from tokenloom.models.config import ModelConfig
@@ -43,6 +43,7 @@ _LOGIT_ROWS = 64
 _SPLIT_KEYS = 128
 _SINGLE_ROWS = 64
 _ITEM_BYTES = 4
+_NARROW = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,11 +108,14 @@ class MemoryPlan:
         weights: str = "auto",
         kernels: str = "reference",
         num_threads: int = 0,
+        stored: Sources | None = None,
+        reading_bytes: int = 0,
         machine: MachineMemory | None = None,
     ) -> MemoryPlan:
         """Choose the number of KV pages; `config.max_context` is the longest sequence. `dtype` and
         `weights` as in `load_model`; K and V are stored in `kv_dtype`, in the layouts of `kernels`, which
-        compute on `num_threads` (0: one per core of this process).
+        compute on `num_threads` (0: one per core of this process). `stored` and `reading_bytes` are those of the
+        `ModelDescription`.
 
         `num_pages` or `kv_memory_bytes`, where not 0, are honoured as they are. Else the pool is what
         `max_running` sequences of full length need, but at most half of what is left and `DEFAULT_KV_BYTES`,
@@ -128,7 +132,7 @@ class MemoryPlan:
         rope = table_bytes(config, config.max_context)
         building = 0
         if kernels == "native":
-            forms = packed_weights(config, program, dtype, weights)
+            forms = packed_weights(config, program, dtype, weights, stored)
             weight_size = sum(map(form_bytes, forms.values()))
             workspace = step_bytes(
                 program,
@@ -139,9 +143,9 @@ class MemoryPlan:
                 max_context=config.max_context,
                 num_threads=num_threads or _num_cores(),
             )
-            building = native_building_bytes(config, program, forms)
+            building = native_building_bytes(config, program, forms, reading_bytes)
         else:
-            weight_size = weight_bytes(config, program, dtype, weights)
+            weight_size = weight_bytes(config, program, dtype, weights, stored)
             workspace = workspace_bytes(config, program, max_batch_tokens)
         headroom = max(_MIN_HEADROOM, int(machine.available * _HEADROOM_SHARE))
         left = machine.available - headroom - weight_size - rope - workspace
@@ -215,16 +219,26 @@ class MemoryPlan:
         return "\n".join(f"{name:<10}{show_bytes(size):>10}  {note}" for name, size, note in rows)
 
 
-def weight_bytes(config: ModelConfig, program: Program, dtype: str = "auto", weights: str = "auto") -> int:
+def weight_bytes(
+    config: ModelConfig,
+    program: Program,
+    dtype: str = "auto",
+    weights: str = "auto",
+    stored: Sources | None = None,
+) -> int:
     """Bytes of the weights: all as loaded for arithmetic in `dtype`, and those that are multiplied once more,
     as the reference backend packs them in float32. Weights in 8 or 4 bits are loaded as float32.
     """
-    narrow = dtype in ("bfloat16", "float16") or config.dtype != "float32"
+    narrow = dtype in _NARROW or config.dtype != "float32"
     multiplied = {name for name, _ in program.products()}
-    wide = set(multiplied) if config.quantization is not None else set()
-    if weights != "auto":
+    if weights in ("int8", "int4"):
         wide = multiplied | {op.weight for op in program.ops if isinstance(op, Embed)}
+    else:
+        wide = set(multiplied) if stored is None and config.quantization is not None else set()
     wide |= {weight.name for weight in program.weights if weight.integers}
+    if stored is not None:
+        kinds = {"int8", "int4"} if dtype in _NARROW else {"int8", "int4", "float32"}
+        wide |= {name for name, forms in stored.items() if any(kind in kinds for kind, _ in forms)}
     return sum(
         math.prod(weight.shape)
         * ((2 if narrow and weight.name not in wide else 4) + (4 if weight.name in multiplied else 0))
@@ -238,10 +252,12 @@ def packed_weight_bytes(config: ModelConfig, program: Program, dtype: str, weigh
 
 
 def packed_weights(
-    config: ModelConfig, program: Program, dtype: str, weights: str = "auto"
+    config: ModelConfig, program: Program, dtype: str, weights: str = "auto", stored: Sources | None = None
 ) -> dict[str, WeightForm]:
-    """What the native backend will hold, by name of the weight, from a checkpoint of `config`."""
-    stored = {spec.name: _stored(config, program, spec) for spec in program.weights}
+    """What the native backend will hold, by name of the weight, from a checkpoint of `config`; `stored` None: in
+    the forms that `config` tells."""
+    if stored is None:
+        stored = {spec.name: _stored(config, program, spec) for spec in program.weights}
     arithmetic = "bfloat16" if dtype == "bfloat16" else "float32"
     return expected_forms(program, arithmetic, roundings(program, cast(WeightFormat, weights)), stored)
 
@@ -266,10 +282,12 @@ def _linear_formats(config: ModelConfig, program: Program, spec: WeightSpec) -> 
     return [quantization.format_of(source.removesuffix(".weight")) for source in spec.sources]
 
 
-def native_building_bytes(config: ModelConfig, program: Program, forms: Mapping[str, WeightForm]) -> int:
+def native_building_bytes(
+    config: ModelConfig, program: Program, forms: Mapping[str, WeightForm], reading_bytes: int = 0
+) -> int:
     """Bytes that the native backend takes for a moment: a weight as it is read before it is packed, then
     tables twice until the model has taken them over."""
-    read = max(_reading_bytes(config, program, spec) for spec in program.weights)
+    read = reading_bytes or max(_reading_bytes(config, program, spec) for spec in program.weights)
     tables = sum(form_bytes(form) for form in forms.values() if form.kind == "table")
     return max(read, tables + table_bytes(config, config.max_context))
 

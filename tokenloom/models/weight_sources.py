@@ -7,6 +7,7 @@ for; a backend widens or packs what it gets.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -15,12 +16,21 @@ from numpy.typing import NDArray
 
 from tokenloom.errors import InvalidParameter, ModelError
 from tokenloom.kernels.program import PAIRED, Embed, Experts, Linear, Program, RopeStore, WeightSpec
-from tokenloom.models.checkpoint import Checkpoint
-from tokenloom.quantization import round_to_nearest
-from tokenloom.quantization.weights import Int4Matrix, Int8Matrix, int4_bytes, int8_bytes, row_blocks
+from tokenloom.models.weight_files import WeightFiles
+from tokenloom.quantization import gguf_blocks, round_to_nearest
+from tokenloom.quantization.gguf_blocks import BlockMatrix
+from tokenloom.quantization.weights import (
+    Int4Matrix,
+    Int8Matrix,
+    int4_bytes,
+    int8_bytes,
+    num_groups,
+    row_blocks,
+)
 
-WeightFormat = Literal["auto", "int8", "int4"]
-"""auto: as in the checkpoint. int8, int4: rounded when it is loaded."""
+WeightFormat = Literal["auto", "float", "int8", "int4"]
+"""auto: as in the checkpoint, or in the nearest of our forms. float: what is quantised is widened to the values
+that it has. int8, int4: rounded when it is loaded."""
 
 WeightSource = NDArray[Any] | Int8Matrix | Int4Matrix
 
@@ -50,49 +60,106 @@ class SourcedWeight(NamedTuple):
 
 def weight_sources(
     program: Program,
-    checkpoint: Checkpoint,
+    checkpoint: WeightFiles,
     weights: str = "auto",
     progress: ProgressListener | None = None,
+    *,
+    packs: bool = False,
 ) -> Iterator[SourcedWeight]:
     """The weights of `program` in its order; optional ones that the checkpoint lacks are left out.
 
-    `weights` "int8" or "int4" rounds linears, head and embedding as `roundings` says. `progress` is called for
-    each source once its weight is done with. Raises `ModelError` as `check_weights`, before the first weight
-    is read, and for values that cannot be unpacked or rounded; `InvalidParameter` as `resolve_weights`.
+    `weights` "int8" or "int4" rounds linears, head and embedding as `roundings` says; arrays are left alone where
+    the caller `packs`, and with it rounds, them itself. Blocks of GGUF become what `block_forms` says. `progress`
+    is called for each source once its weight is done with. Raises `ModelError` as `check_weights`, before the
+    first weight is read, and for values that cannot be unpacked or rounded; `InvalidParameter` as
+    `resolve_weights`.
     """
-    chosen = roundings(program, resolve_weights(weights, checkpoint))
+    chosen = resolve_weights(weights, checkpoint)
     check_weights(program, checkpoint)
     wanted = [spec for spec in program.weights if _is_present(spec, checkpoint)]
-    return _read(wanted, checkpoint, chosen, progress)
+    forms = source_forms(program, checkpoint, chosen)
+    return _read(wanted, checkpoint, {} if packs else roundings(program, chosen), forms, progress)
 
 
 class SourceForm(NamedTuple):
-    """What a source gives: `dtype` float32, bfloat16, float16, int8, int4 in groups of `group` inputs, or int32."""
+    """What a source is before anything is rounded at load: `dtype` float32, bfloat16, float16, int8, int4 in groups
+    of `group` inputs, or int32."""
 
     dtype: str
     group: int = 0
 
 
-def source_forms(program: Program, checkpoint: Checkpoint) -> dict[str, tuple[SourceForm, ...]]:
-    """The stored forms of the sources of each weight that `weight_sources` hands out, in the same order; the
-    checkpoint fits the program (`check_weights`)."""
+def source_forms(
+    program: Program, checkpoint: WeightFiles, weights: WeightFormat = "auto"
+) -> dict[str, tuple[SourceForm, ...]]:
+    """The forms of the sources of each weight that `weight_sources` hands out where the caller packs them, in the
+    same order; the checkpoint fits the program (`check_weights`)."""
+    blocks = block_forms(program, checkpoint, weights)
     return {
-        spec.name: tuple(SourceForm(*checkpoint.source_form(source)) for source in spec.sources)
+        spec.name: tuple(_form(source, checkpoint, weights, blocks.get(spec.name)) for source in spec.sources)
         for spec in program.weights
         if _is_present(spec, checkpoint)
     }
 
 
+def _form(
+    source: str, checkpoint: WeightFiles, weights: WeightFormat, blocks: SourceForm | None
+) -> SourceForm:
+    if blocks is not None and checkpoint.blocks(source) is not None:
+        return blocks
+    if weights == "float" and checkpoint.linear_format(source) is not None:
+        return SourceForm("float32")
+    return SourceForm(*checkpoint.source_form(source))
+
+
+def block_forms(
+    program: Program, checkpoint: WeightFiles, weights: WeightFormat = "auto"
+) -> dict[str, SourceForm]:
+    """What the sources in blocks of each weight become, for the weights that have any.
+
+    4 bits stay 4 bits where all sources of a linear have them, and all else that is multiplied or looked up
+    becomes int8, an embedding always. What is stacked with plain sources, added or multiplied elsewhere, or chooses
+    experts, is widened, as is everything for "float".
+    """
+    rounded = roundings(program, weights)
+    tables = {op.weight for op in program.ops if isinstance(op, Embed)}
+    matrices = ({name for name, _ in program.products()} | tables) - program.routers()
+    forms: dict[str, SourceForm] = {}
+    for spec in program.weights:
+        found = [checkpoint.blocks(source) for source in spec.sources]
+        blocks = [matrix for matrix in found if matrix is not None]
+        if not blocks:
+            continue
+        if weights == "float" or spec.name not in matrices or len(blocks) < len(found):
+            forms[spec.name] = SourceForm("float32")
+        elif spec.name in tables or rounded.get(spec.name) == "int8":
+            forms[spec.name] = SourceForm("int8")
+        elif all(matrix.has_four_bits for matrix in blocks):
+            forms[spec.name] = SourceForm("int4", gguf_blocks.GROUP)
+        elif rounded.get(spec.name) == "int4":
+            forms[spec.name] = SourceForm("int4", round_to_nearest.DEFAULT_GROUP)
+        else:
+            forms[spec.name] = SourceForm("int8")
+    return forms
+
+
 def _read(
     wanted: list[WeightSpec],
-    checkpoint: Checkpoint,
+    checkpoint: WeightFiles,
     chosen: Mapping[str, Literal["int8", "int4"]],
+    forms: Mapping[str, tuple[SourceForm, ...]],
     progress: ProgressListener | None,
 ) -> Iterator[SourcedWeight]:
     total = sum(checkpoint.source_bytes(source) for spec in wanted for source in spec.sources)
     done = 0
     for spec in wanted:
-        yield SourcedWeight(spec, tuple(_source(spec, name, checkpoint, chosen) for name in spec.sources))
+        yield SourcedWeight(
+            spec,
+            tuple(
+                _source(spec, name, checkpoint, chosen, form)
+                for name, form in zip(spec.sources, forms[spec.name], strict=True)
+            ),
+        )
         for name in spec.sources:
             checkpoint.release_source(name)
             done += checkpoint.source_bytes(name)
@@ -101,20 +168,31 @@ def _read(
 
 
 def _source(
-    spec: WeightSpec, name: str, checkpoint: Checkpoint, chosen: Mapping[str, Literal["int8", "int4"]]
+    spec: WeightSpec,
+    name: str,
+    checkpoint: WeightFiles,
+    chosen: Mapping[str, Literal["int8", "int4"]],
+    form: SourceForm,
 ) -> WeightSource:
     found = checkpoint.source(name)
-    if isinstance(found, Int8Matrix | Int4Matrix):
+    # Quantised linears and blocks are [N, K] in any case: the tools turn what is stored the other way.
+    if isinstance(found, BlockMatrix) and form.dtype == "int8":
+        return found.int8()
+    if isinstance(found, BlockMatrix) and form.dtype == "int4":
+        return found.int4(form.group)
+    if isinstance(found, Int8Matrix | Int4Matrix) and form.dtype in ("int8", "int4"):
         return found
-    # Quantised linears are [N, K] in any case: the tools turn what is stored the other way.
-    view = found.T if spec.transposed and checkpoint.linear_format(name) is None else found
+    if isinstance(found, BlockMatrix | Int8Matrix | Int4Matrix):
+        view = found.dequantize()
+    else:
+        view = found.T if spec.transposed and not _is_quantized(name, checkpoint) else found
     rounding = chosen.get(spec.name)
     if rounding == "int8":
         return round_to_nearest.int8(view, name)
     return view if rounding is None else round_to_nearest.int4(view, name=name)
 
 
-def resolve_weights(weights: str, checkpoint: Checkpoint) -> WeightFormat:
+def resolve_weights(weights: str, checkpoint: WeightFiles) -> WeightFormat:
     """`weights`, checked. Raises `InvalidParameter` for an unknown format, and for int8 and int4 where
     linears of the checkpoint are in such a form already."""
     quantization = checkpoint.quantization
@@ -126,6 +204,8 @@ def resolve_weights(weights: str, checkpoint: Checkpoint) -> WeightFormat:
         )
     if weights == "auto":
         return "auto"
+    if weights == "float":
+        return "float"
     if weights == "int8":
         return "int8"
     if weights == "int4":
@@ -137,33 +217,83 @@ def roundings(program: Program, weights: WeightFormat) -> dict[str, Literal["int
     """The format of each weight that is rounded, by name: linears get the chosen one; embedding and head, on
     whose rows every token depends directly, get int8 in both. What chooses experts stays as it is: a choice
     is no matter of degree."""
-    if weights == "auto":
+    if weights in ("auto", "float"):
         return {}
+    linear: Literal["int8", "int4"] = "int8" if weights == "int8" else "int4"
     routers = program.routers()
-    result = {name: weights for name, _ in program.products() if name not in routers}
+    result = {name: linear for name, _ in program.products() if name not in routers}
     outer = {op.weight for op in program.ops if isinstance(op, Embed)} | {program.head.weight}
     return result | dict.fromkeys(outer, "int8")
 
 
-def stored_bytes(program: Program, checkpoint: Checkpoint, weights: WeightFormat = "auto") -> int:
-    """Bytes of the numbers of all weights in their format: as in the checkpoint, or rounded."""
+def stored_bytes(program: Program, checkpoint: WeightFiles, weights: WeightFormat = "auto") -> int:
+    """Bytes of the numbers of all weights in their format: as in the checkpoint, rounded, widened, or what blocks
+    become."""
     chosen = roundings(program, weights)
+    blocks = block_forms(program, checkpoint, weights)
     total = 0
     for spec in program.weights:
-        rounding = chosen.get(spec.name)
-        if rounding is None:
+        rounding: str | None = chosen.get(spec.name)
+        group = round_to_nearest.DEFAULT_GROUP
+        form = blocks.get(spec.name)
+        if form is not None and form.dtype != "float32":
+            rounding, group = form
+        elif rounding is None and (
+            form is not None or (weights == "float" and _has_linears(spec, checkpoint))
+        ):
+            rounding = "float32"
+        if rounding == "float32":
+            total += 4 * math.prod(spec.shape)
+        elif rounding is None:
             total += sum(map(checkpoint.source_bytes, spec.sources))
         elif rounding == "int8":
             total += int8_bytes(spec.shape)
         else:
-            total += int4_bytes(spec.shape, round_to_nearest.DEFAULT_GROUP)
+            total += int4_bytes(spec.shape, group)
     return total
+
+
+def _has_linears(spec: WeightSpec, checkpoint: WeightFiles) -> bool:
+    return any(checkpoint.linear_format(source) is not None for source in spec.sources)
+
+
+def reading_bytes(program: Program, checkpoint: WeightFiles, weights: WeightFormat) -> int:
+    """Bytes that the sources of one weight take at most which are no views of the files: quantised matrices with a
+    byte a number, widened ones, and arrays that a packer copies since they are stored the other way."""
+    forms = source_forms(program, checkpoint, weights)
+    return max(
+        sum(
+            _reading_bytes(checkpoint, source, form)
+            for source, form in zip(spec.sources, forms[spec.name], strict=True)
+        )
+        for spec in program.weights
+        if spec.name in forms
+    )
+
+
+def _reading_bytes(checkpoint: WeightFiles, source: str, form: SourceForm) -> int:
+    shape = checkpoint.source_shape(source)
+    size = math.prod(shape)
+    if form.dtype == "int8":
+        return int8_bytes(shape)
+    if form.dtype == "int4":
+        return size + 3 * shape[0] * num_groups(shape[1], form.group)
+    if checkpoint.blocks(source) is not None:
+        return 4 * size
+    if checkpoint.linear_format(source) is not None:
+        # Widened from a byte a number, with a scale for some of them.
+        return 5 * size + 3 * size // gguf_blocks.GROUP + 4 * shape[0]
+    return checkpoint.source_bytes(source)
+
+
+def _is_quantized(source: str, checkpoint: WeightFiles) -> bool:
+    return checkpoint.linear_format(source) is not None or checkpoint.blocks(source) is not None
 
 
 # --- does the checkpoint fit the program? ----------------------------------------------------------------
 
 
-def check_weights(program: Program, checkpoint: Checkpoint) -> None:
+def check_weights(program: Program, checkpoint: WeightFiles) -> None:
     """Raise `ModelError` with every tensor that is missing, unexpected, mis-shaped or of the wrong kind.
 
     Ignored are the frequencies that old checkpoints store (`rotary_emb.inv_freq`), an `lm_head.weight` that
@@ -193,13 +323,13 @@ def check_weights(program: Program, checkpoint: Checkpoint) -> None:
     if problems:
         shown = "; ".join(problems[:50]) + (f"; and {len(problems) - 50} more" if len(problems) > 50 else "")
         raise ModelError(
-            f"weights in {checkpoint.directory} that do not fit config.json: {shown}",
+            f"weights in {checkpoint.directory} that do not fit the configuration: {shown}",
             "all tensors of the model and no others",
         )
 
 
 def _spec_problems(
-    spec: WeightSpec, checkpoint: Checkpoint, rows: tuple[int, ...] | None, quantizable: bool
+    spec: WeightSpec, checkpoint: WeightFiles, rows: tuple[int, ...] | None, quantizable: bool
 ) -> list[str]:
     problems: list[str] = []
     shapes: list[tuple[int, ...]] = []
@@ -213,7 +343,7 @@ def _spec_problems(
                 f"{source} with reordered inputs (desc_act), which no other op than a linear offers"
             )
         shape = checkpoint.source_shape(source)
-        if spec.transposed and checkpoint.linear_format(source) is None:
+        if spec.transposed and not _is_quantized(source, checkpoint):
             shape = shape[::-1]
         if rows is not None and shape != (rows[i], *spec.shape[1:]):
             problems.append(f"{source} of shape {list(shape)} instead of {[rows[i], *spec.shape[1:]]}")
@@ -223,7 +353,7 @@ def _spec_problems(
     return problems
 
 
-def _kind_problems(source: str, checkpoint: Checkpoint, quantizable: bool) -> list[str]:
+def _kind_problems(source: str, checkpoint: WeightFiles, quantizable: bool) -> list[str]:
     """What is wrong with a source before its shape can be compared: missing, of the wrong type, or quantised
     against what config.json says."""
     quantization, stored = checkpoint.quantization, checkpoint.linear_format(source)
@@ -271,7 +401,7 @@ def _stack_to(shapes: list[tuple[int, ...]], wanted: tuple[int, ...]) -> bool:
     )
 
 
-def _is_present(spec: WeightSpec, checkpoint: Checkpoint) -> bool:
+def _is_present(spec: WeightSpec, checkpoint: WeightFiles) -> bool:
     """Whether to load the weight: not if it is optional and the checkpoint has none of its sources."""
     return not spec.optional or any(checkpoint.source_tensors(source) for source in spec.sources)
 
@@ -301,7 +431,7 @@ def _source_rows(program: Program) -> dict[str, tuple[int, ...]]:
     return result
 
 
-def _is_empty_bias(name: str, checkpoint: Checkpoint) -> bool:
+def _is_empty_bias(name: str, checkpoint: WeightFiles) -> bool:
     """Whether the tensor is a bias of zeros of a quantised linear."""
     module = name.removesuffix(".bias")
     if module == name or checkpoint.linear_format(f"{module}.weight") is None:
@@ -309,7 +439,7 @@ def _is_empty_bias(name: str, checkpoint: Checkpoint) -> bool:
     return not checkpoint.tensor(name).any()
 
 
-def _is_tied_copy(checkpoint: Checkpoint) -> bool:
+def _is_tied_copy(checkpoint: WeightFiles) -> bool:
     head, embedding = checkpoint.source(HEAD), checkpoint.source(EMBEDDING)
     if not isinstance(head, np.ndarray) or not isinstance(embedding, np.ndarray):
         return False

@@ -8,7 +8,7 @@ section 3); the asymmetric quantiser in groups is that of AWQ, except that 0 alw
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,24 @@ _SMALLEST_NORMAL: Final = np.finfo(np.float32).tiny
 _LARGEST_SCALE: Final = float(np.finfo(np.float16).max)
 
 
-def int8(weight: NDArray[Any], name: str = "weight") -> Int8Matrix:
+class Rows(Protocol):
+    """A matrix of which slices of rows are read: an array, or one that is widened as it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> NDArray[Any]: ...
+
+
+def int8(weight: Rows, name: str = "weight") -> Int8Matrix:
     """`weight` [N, K] of float32, bfloat16 or float16, symmetric, one scale a row.
 
     Per row, all in fp32 (a narrower weight is widened first, which is exact):
@@ -58,7 +75,7 @@ def int8(weight: NDArray[Any], name: str = "weight") -> Int8Matrix:
     return Int8Matrix(q, scales)
 
 
-def int4(weight: NDArray[Any], group: int = DEFAULT_GROUP, name: str = "weight") -> Int4Matrix:
+def int4(weight: Rows, group: int = DEFAULT_GROUP, name: str = "weight") -> Int4Matrix:
     """`weight` [N, K] of float32, bfloat16 or float16, asymmetric, one scale and zero for `group` inputs.
 
     `group` is one of `GROUPS`; the last group of a row is shorter where K is no multiple. Per group, in fp32
@@ -111,7 +128,7 @@ def _round_groups(block: Float32, name: str) -> tuple[Float32, Float16, UInt8]:
     return block, scale16, zero.astype(np.uint8)
 
 
-def _check_weight(weight: NDArray[Any]) -> None:
+def _check_weight(weight: Rows) -> None:
     if weight.ndim != 2 or weight.dtype.name not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"weight is {weight.dtype} {list(weight.shape)}, no matrix of floats")
 

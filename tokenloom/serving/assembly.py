@@ -80,6 +80,8 @@ def build_engine(config: Config, listener: LoadListener) -> EngineParts:
         weights=config.model.weights,
         kernels=formats.kernels,
         num_threads=threads,
+        stored=described.stored,
+        reading_bytes=described.reading_bytes,
     )
     listener.plan(plan.render())
     pool = thread_pool(threads) if formats.kernels == "native" else None
@@ -139,7 +141,7 @@ class Formats:
 
 def choose_formats(config: Config, described: ModelDescription, ops: Choice) -> Formats:
     """The formats that `config` asks for, with each "auto" resolved for the model on these ops."""
-    quantized = config.model.weights != "auto" or described.config.quantization is not None
+    quantized = config.model.weights in ("int8", "int4") or described.is_quantized
     narrow = ops.kernels == "native" and (quantized or described.config.dtype == "bfloat16")
     dtype = resolve_dtype(config.model.dtype, narrow=narrow)
     if config.cache.kv_dtype != "auto":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from tokenloom.errors import ModelError
+from tokenloom.gguf.file import SUFFIX
 from tokenloom.models.checkpoint import INDEX_FILE, SINGLE_FILE
 from tokenloom.models.hf_config import CONFIG_FILE
 from tokenloom.models.json_fields import open_regular, read_json, shorten
@@ -80,7 +81,8 @@ def _commit(folder: Path, name: str, revision: str, cure: str) -> str:
 def _missing(snapshot: Path) -> list[str]:
     """Files that a model needs and `snapshot` lacks, or has as links to nothing."""
     present = [entry.name for entry in os.scandir(snapshot) if os.path.exists(entry.path)]
-    missing = [] if CONFIG_FILE in present else [CONFIG_FILE]
+    is_gguf = CONFIG_FILE not in present and any(name.lower().endswith(SUFFIX) for name in present)
+    missing = [] if CONFIG_FILE in present or is_gguf else [CONFIG_FILE]
     missing += sorted(entry.name for entry in os.scandir(snapshot) if entry.name not in present)
     if INDEX_FILE in present and SINGLE_FILE not in present:
         listed = read_json(snapshot / INDEX_FILE).get("weight_map")
@@ -90,7 +92,7 @@ def _missing(snapshot: Path) -> list[str]:
             else set()
         )
         missing += sorted(shards - set(present) - set(missing))
-    elif not any(name.endswith(_WEIGHTS) for name in present) and SINGLE_FILE not in missing:
+    elif not (is_gguf or any(name.endswith(_WEIGHTS) for name in present)) and SINGLE_FILE not in missing:
         missing.append(SINGLE_FILE)
     return (
         missing

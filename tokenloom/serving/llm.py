@@ -45,9 +45,9 @@ class _Tokenized(NamedTuple):
 class LLM:
     """A model and its engine in this process. Not for use from several threads at once: calls take turns.
 
-    `model` is the directory of a Hugging Face checkpoint, empty for the embedded model. Every other option of
-    the configuration may be given by its name (`dtype`, `max_batch_tokens`, `num_pages`, `seed`, ...). Raises
-    `InvalidParameter` for an unknown name or a bad value, `ModelError` for a checkpoint that cannot be
+    `model` is the directory of a Hugging Face checkpoint or a GGUF file, empty for the embedded model. Every
+    other option of the configuration may be given by its name (`dtype`, `max_batch_tokens`, `num_pages`, `seed`,
+    ...). Raises `InvalidParameter` for an unknown name or a bad value, `ModelError` for a checkpoint that cannot be
     served, `OutOfMemory` when it does not fit.
 
     What a prompt gets does not depend on the other prompts of the call.

@@ -10,7 +10,9 @@ from typing import Any
 import tokenizers
 
 from tokenloom.errors import InvalidParameter, ModelError
+from tokenloom.gguf.file import find_gguf
 from tokenloom.text.chat_template import ChatTemplate
+from tokenloom.text.gguf_tokenizer import read_gguf_tokenizer
 from tokenloom.text.pieces import Pieces, pieces_of
 from tokenloom.text.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
@@ -42,12 +44,13 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Load the tokenizer of a local Hugging Face directory.
+        """Load the tokenizer of a local Hugging Face directory, or of a GGUF file.
 
-        Reads tokenizer.json and, where present, tokenizer_config.json, special_tokens_map.json and the files
-        of chat templates. Raises `ModelError` that names what is missing or malformed.
+        Of a directory it reads tokenizer.json and, where present, tokenizer_config.json, special_tokens_map.json
+        and the files of chat templates. Raises `ModelError` that names what is missing or malformed.
         """
-        return cls(read_tokenizer_files(Path(path)))
+        gguf = find_gguf(path)
+        return cls(read_tokenizer_files(Path(path)) if gguf is None else read_gguf_tokenizer(gguf))
 
     @property
     def bos_token_id(self) -> int | None:
