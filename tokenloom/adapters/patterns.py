@@ -162,7 +162,7 @@ class _Parser:
             self._place += 2
             return "", _word_border(wanted=sign == "b")
         if not sign or (sign.isalnum() and sign.isascii()):
-            self._fail(f"the escape \\{sign}")
+            self._fail(f"the escape {sign!a} behind a backslash")
         self._place += 2
         return sign, _word(sign)
 
@@ -170,7 +170,7 @@ class _Parser:
         try:
             return _character(re.compile(text))
         except re.error as error:
-            raise PatternError(f"{text}: {error}") from None
+            raise PatternError(f"{text[:80]!a}: {error.msg}") from None
 
     def _counts(self) -> tuple[int, int | None] | None:
         """The quantifier that follows, as (least, most)."""

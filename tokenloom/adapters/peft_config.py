@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenloom.adapters.patterns import Budget, Pattern, PatternError
-from tokenloom.models.json_fields import Fields, is_number, read_json
+from tokenloom.errors import ModelError
+from tokenloom.models.json_fields import Fields, is_number, read_json, shorten
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -164,7 +165,10 @@ def read_lora_config(path: Path) -> LoraConfig:
         if name in _REFUSED and not _is_off(value):
             written.refuse(name, _REFUSED[name])
         if name not in _READ | _NEUTRAL and not _is_off(value):
-            written.refuse(name, "null: tokenloom does not know what it changes")
+            raise ModelError(
+                f"{CONFIG_FILE}: {shorten(name)} = {shorten(value)}",
+                "the fields of LoRA; what this one changes is not known, so it must be null, false or empty",
+            )
     if written.data.get("bias", "none") not in ("none", None):
         written.refuse("bias", "'none' (trained biases are not served)")
     _check_init(written)
@@ -175,11 +179,8 @@ def read_lora_config(path: Path) -> LoraConfig:
     lists = _names(written, "layers_pattern")
     if lists and layers is None:
         written.refuse("layers_pattern", "null where layers_to_transform is (as in peft)")
-    base = written.data.get("base_model_name_or_path")
-    if base is not None and (not isinstance(base, str) or len(base) > 4096):
-        written.refuse("base_model_name_or_path", "a name or null")
     return LoraConfig(
-        base_model_name=base or None,
+        base_model_name=_base_name(written),
         rank=written.integer("r", 1, MAX_RANK, default=8),
         alpha=written.number("lora_alpha", -_MAX_ALPHA, _MAX_ALPHA, default=8),
         is_rank_stabilised=written.flag("use_rslora", False),
@@ -192,6 +193,16 @@ def read_lora_config(path: Path) -> LoraConfig:
         fields=written,
         budget=Budget(),
     )
+
+
+def _base_name(written: Fields) -> str | None:
+    name = written.data.get("base_model_name_or_path")
+    if name is None or name == "":
+        return None
+    # JSON can escape half a character, which no file and no database takes.
+    if not isinstance(name, str) or len(name) > 4096 or any("\ud800" <= sign <= "\udfff" for sign in name):
+        written.refuse("base_model_name_or_path", "a name of up to 4096 characters, or null")
+    return name
 
 
 def _is_off(value: object) -> bool:
@@ -268,7 +279,7 @@ def _patterns(written: Fields, name: str, accepts: Any) -> Iterator[tuple[Patter
             limit = (
                 f"ranks from 1 to {MAX_RANK}" if name == "rank_pattern" else f"numbers up to {_MAX_ALPHA:g}"
             )
-            Fields(value, written.file, f"{name}.").refuse(key, limit)
+            raise ModelError(f"{CONFIG_FILE}: {name}: {shorten(key)} = {shorten(number)}", limit)
         yield _pattern(written, name, key), number
 
 

@@ -78,7 +78,7 @@ def read_adapter(
         )
     places = Places(program, source_rows)
     with TensorFile(_inside(directory, WEIGHTS_FILE)) as file:
-        found, problems = _group(file)
+        found, problems = group_tensors(file)
         problems += _disagreements(found, file, config, places)
         if problems:
             refuse(str(directory), problems)
@@ -104,7 +104,7 @@ def _inside(directory: Path, name: str) -> Path:
     )
 
 
-def _group(file: TensorFile) -> tuple[dict[str, _Tensors], list[str]]:
+def group_tensors(file: TensorFile) -> tuple[dict[str, _Tensors], list[str]]:
     """The tensors by module, and what is wrong with their names and types."""
     found: dict[str, _Tensors] = {}
     problems: list[str] = []

@@ -67,7 +67,7 @@ class TensorFile:
         self.metadata = metadata if isinstance(metadata, dict) else {}
 
     def read(self, name: str) -> NDArray[Any]:
-        """A copy of a tensor of one of `DTYPES`. Raises `ModelError` if the file ends before it does."""
+        """A read-only copy of a tensor of one of `DTYPES`. Raises `ModelError` if the file ends before it does."""
         entry = self.entries[name]
         found = np.empty(entry.shape, DTYPES[entry.dtype])
         waiting = found.reshape(-1).view(np.uint8).data
@@ -77,6 +77,7 @@ class TensorFile:
             if count == 0:
                 raise ModelError(f"{self.path}, which was cut while it was read", "a complete file")
             waiting, place = waiting[count:], place + count
+        found.flags.writeable = False
         return found
 
     def check_unchanged(self) -> None:
