@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests.adapters import peft_fixtures as fixtures
 from tests.models import test_families as families
 from tokenloom.adapters.adapter import Adapter
 from tokenloom.adapters.peft_directory import read_adapter
+from tokenloom.errors import ModelError
 from tokenloom.models.weight_sources import source_rows
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -86,9 +88,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt, embedding": ("opt", {"r": 4, "target_modules": ["embed_tokens", "v_proj"]}),
     "mixtral, attention": ("mixtral", {"r": 4, "target_modules": ATTENTION}),
     "qwen3 moe": ("qwen3 moe", {"r": 4, "target_modules": ["q_proj", "o_proj"]}),
-    "starts that keep the base": (
+    "a start that keeps the base: orthogonal": (
         "llama",
         {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
+    ),
+    "a start that keeps the base: mica": (
+        "llama",
+        {"r": 4, "target_modules": ["q_proj", "embed_tokens"], "init_lora_weights": "mica"},
+    ),
+    "a start that keeps the base: gaussian": (
+        "opt",
+        {"r": 4, "target_modules": ["fc1"], "init_lora_weights": "gaussian"},
     ),
 }
 
@@ -111,3 +121,44 @@ def test_logits_equal_those_of_peft(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(fixtures.our_logits(family, adapter), expected, rtol=1e-4, atol=1e-4)
     trained = {n.rpartition(".lora_")[0] for n, _ in model.named_parameters() if "lora_" in n}
     assert {f"base_model.model.{module.name}" for module in adapter.modules} == trained
+
+
+# A start that changes the base weights: what peft computes is not what the tensors give over the original ones.
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
+def test_starts_that_change_the_base_are_refused(start: str, tmp_path: Path) -> None:
+    model = fixtures.peft_model("llama", r=4, target_modules=["q_proj"], init_lora_weights=start)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
+    original = families.theirs("llama").state_dict()["model.layers.0.self_attn.q_proj.weight"]
+    assert (model.state_dict()[name] - original).abs().max() > 0.01
+    with pytest.raises(ModelError, match="init_lora_weights"):
+        read(fixtures.save(model, tmp_path), "llama")
+
+
+UNSERVED: dict[str, dict[str, Any]] = {
+    "use_dora": {"use_dora": True},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "bias": {"bias": "all"},
+    "lora_bias": {"lora_bias": True, "target_modules": ["o_proj"]},
+    "trainable_token_indices": {"trainable_token_indices": [3, 5]},
+    "target_parameters": {"target_parameters": ["mlp.up_proj.weight"]},
+    "alora_invocation_tokens": {"alora_invocation_tokens": [3, 5]},
+    "ensure_weight_tying": {"ensure_weight_tying": True, "target_modules": ["embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("field", UNSERVED)
+def test_what_is_not_served_is_refused_as_peft_saves_it(field: str, tmp_path: Path) -> None:
+    family = "qwen2" if field == "ensure_weight_tying" else "llama"
+    options = {"r": 4, "target_modules": ["q_proj"]} | UNSERVED[field]
+    with pytest.raises(ModelError, match=f"adapter_config.json: {field} = "):
+        read(fixtures.save(fixtures.peft_model(family, **options), tmp_path), family)
+
+
+def test_other_methods_are_refused_as_peft_saves_them(tmp_path: Path) -> None:
+    peft = fixtures.peft
+    for i, config in enumerate(
+        (peft.IA3Config(task_type="CAUSAL_LM"), peft.LoKrConfig(target_modules=["q_proj"]))
+    ):
+        model = peft.get_peft_model(copy.deepcopy(families.theirs("llama")), config)
+        with pytest.raises(ModelError, match="peft_type"):
+            read(fixtures.save(model, tmp_path / str(i)), "llama")

@@ -50,7 +50,7 @@ PATTERNS = st.recursive(
 @settings(max_examples=600)
 @given(PATTERNS, st.text("ab_1.", max_size=8).filter(bool))
 def test_as_re(pattern: str, name: str) -> None:
-    found = Pattern(pattern)
+    found = Pattern(pattern, Budget())
     assert found.matches(name, Budget()) == bool(re.fullmatch(pattern, name))
     assert found.matches_end(name, Budget()) == bool(re.fullmatch(rf"(.*\.)?({pattern})", name))
 
@@ -67,7 +67,7 @@ def test_the_time_is_bounded(pattern: str) -> None:
     start = time.perf_counter()
     try:
         budget = Budget()
-        found = Pattern(pattern)
+        found = Pattern(pattern, budget)
         for _ in range(1000):
             assert not found.matches("a" * 60 + "c", budget)
             assert not found.matches_end("a." * 30 + "c", budget)
@@ -88,7 +88,7 @@ def test_the_time_is_bounded(pattern: str) -> None:
 )  # fmt: skip
 def test_other_syntax_is_refused(pattern: str) -> None:
     with pytest.raises(PatternError):
-        Pattern(pattern)
+        Pattern(pattern, Budget())
 
 
 def test_a_pattern_as_found_in_the_wild() -> None:
@@ -98,7 +98,8 @@ def test_a_pattern_as_found_in_the_wild() -> None:
         r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\."
         r"(?:(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)))"
     )
-    found, budget = Pattern(pattern), Budget()
+    budget = Budget()
+    found = Pattern(pattern, budget)
     for layer in range(126):
         for name in ("self_attn.q_proj", "self_attn.out", "mlp.down_proj", "input_layernorm"):
             module = f"model.layers.{layer}.{name}"

@@ -255,6 +255,10 @@ REFUSED: dict[str, tuple[Bend, str]] = {
     "huge layer": (fields(layers_to_transform=1 << 70), "layers_to_transform"),
     "layers of a pattern": (fields(target_modules=".*", layers_to_transform=[0]), "layers_to_transform"),
     "list of layers alone": (fields(layers_pattern="layers"), "layers_pattern"),
+    "many lists of layers": (
+        fields(layers_to_transform=[0], layers_pattern=[f"a{i}" for i in range(65)]),
+        "layers_pattern",
+    ),
     "odd list of layers": (fields(layers_to_transform=[0], layers_pattern="(a|b"), "layers_pattern"),
     "more than the tensors": (
         fields(target_modules=["q_proj", "up_proj", "v_proj"]),
@@ -404,6 +408,12 @@ def test_hostile_files(name: str, tmp_path: Path) -> None:
     assert len(str(caught.value)) < 20_000
 
 
+def test_a_stack_whose_split_is_not_known(tmp_path: Path) -> None:
+    _, program = base()
+    with pytest.raises(ModelError, match=r"q_proj'?: a part of a stack whose parts are not known"):
+        read_adapter(write(tmp_path), program, source_rows={})
+
+
 def test_no_directory(tmp_path: Path) -> None:
     for path in (tmp_path / "none", write(tmp_path / "a") / CONFIG_FILE, Path("a\0b")):
         with pytest.raises(ModelError):
@@ -458,7 +468,7 @@ def test_thousands_of_changed_bytes(name: str, tmp_path: Path) -> None:
     whole = (write(tmp_path) / name).read_bytes()
     in_header = len(whole) if name == CONFIG_FILE else 8 + int.from_bytes(whole[:8], "little")
     refused, seconds = 0, 0.0
-    for i in range(2000):
+    for i in range(1500):
         (tmp_path / name).write_bytes(changed(whole, len(whole) if i % 4 == 0 else in_header, rng))
         start = time.perf_counter()
         try:
@@ -468,7 +478,7 @@ def test_thousands_of_changed_bytes(name: str, tmp_path: Path) -> None:
             refused += 1
             str(error).encode()
         seconds += time.perf_counter() - start
-    assert 1000 < refused < 2000
+    assert 750 < refused < 1500
     assert seconds < 10
 
 

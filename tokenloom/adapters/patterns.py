@@ -17,8 +17,9 @@ MAX_LENGTH = 4096
 """Characters of one pattern."""
 
 MAX_STEPS = 2_000_000
-"""Steps of all matches that share one `Budget`, which take about a second."""
+"""Steps of all patterns that share one `Budget`, which take about a second or two."""
 
+_STEPS_TO_PARSE = 20
 _MAX_NESTING = 20
 _MAX_COUNT = 1000
 
@@ -51,27 +52,33 @@ _Node = Callable[[str, _Places, Budget], _Places]
 class Pattern:
     """A pattern that was understood. Raises `PatternError`."""
 
-    def __init__(self, pattern: str) -> None:
+    def __init__(self, pattern: str, budget: Budget) -> None:
         if len(pattern) > MAX_LENGTH:
             raise PatternError(f"it has {len(pattern)} characters; at most {MAX_LENGTH}")
-        # Without quantifier and choice there is one path; such patterns are by far the most.
-        self._plain = re.compile(pattern) if _PLAIN.fullmatch(pattern) else None
-        self._node = _Parser(pattern).parse()
+        # Without quantifier and choice a dot is all there is; such patterns are by far the most.
+        self._word = pattern if _PLAIN.fullmatch(pattern) else None
+        self._node: _Node | None = None
+        if self._word is None:
+            budget.spend(_STEPS_TO_PARSE * len(pattern))
+            self._node = _Parser(pattern).parse()
 
     def matches(self, name: str, budget: Budget) -> bool:
         """Whether all of `name` matches, as `re.fullmatch`. Raises `PatternError`."""
-        if self._plain is not None:
-            budget.spend(1)
-            return self._plain.fullmatch(name) is not None
-        return len(name) in self._node(name, {0}, budget)
+        return self._matches(name, {0}, budget)
 
     def matches_end(self, name: str, budget: Budget) -> bool:
         """Whether `name`, or what follows one of its dots, matches. Raises `PatternError`."""
-        starts = {0} | {place + 1 for place, sign in enumerate(name) if sign == "."}
-        if self._plain is not None:
-            budget.spend(1)
-            return any(self._plain.fullmatch(name, start) for start in starts)
-        return len(name) in self._node(name, starts, budget)
+        return self._matches(name, {0} | {i + 1 for i, sign in enumerate(name) if sign == "."}, budget)
+
+    def _matches(self, name: str, starts: _Places, budget: Budget) -> bool:
+        if self._node is not None:
+            return len(name) in self._node(name, starts, budget)
+        budget.spend(1)
+        word = self._word or ""
+        start = len(name) - len(word)
+        return start in starts and all(
+            sign in (".", found) for sign, found in zip(word, name[start:], strict=True)
+        )
 
 
 class _Parser:

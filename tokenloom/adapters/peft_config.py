@@ -28,6 +28,7 @@ MAX_PATTERNS = 4096
 
 _MAX_ALPHA = 1e6
 _MAX_LAYERS = 1 << 16
+_MAX_LISTS = 64
 _ALL_LINEAR = "all-linear"
 
 # These say how the adapter was trained, where it comes from, or what is checked otherwise.
@@ -172,11 +173,12 @@ def read_lora_config(path: Path) -> LoraConfig:
     if written.data.get("bias", "none") not in ("none", None):
         written.refuse("bias", "'none' (trained biases are not served)")
     _check_init(written)
-    target = _target(written)
+    budget = Budget()
+    target = _target(written, budget)
     layers = _layers(written)
     if isinstance(written.data.get("target_modules"), str) and layers is not None:
         written.refuse("layers_to_transform", "null where target_modules is a string (as in peft)")
-    lists = _names(written, "layers_pattern")
+    lists = _layer_lists(written)
     if lists and layers is None:
         written.refuse("layers_pattern", "null where layers_to_transform is (as in peft)")
     return LoraConfig(
@@ -184,14 +186,16 @@ def read_lora_config(path: Path) -> LoraConfig:
         rank=written.integer("r", 1, MAX_RANK, default=8),
         alpha=written.number("lora_alpha", -_MAX_ALPHA, _MAX_ALPHA, default=8),
         is_rank_stabilised=written.flag("use_rslora", False),
-        rank_patterns=tuple((p, int(r)) for p, r in _patterns(written, "rank_pattern", _is_rank)),
-        alpha_patterns=tuple((p, float(a)) for p, a in _patterns(written, "alpha_pattern", _is_alpha)),
+        rank_patterns=tuple((p, int(r)) for p, r in _patterns(written, "rank_pattern", _is_rank, budget)),
+        alpha_patterns=tuple(
+            (p, float(a)) for p, a in _patterns(written, "alpha_pattern", _is_alpha, budget)
+        ),
         target=target,
-        excluded=_selection(written, "exclude_modules"),
+        excluded=_selection(written, "exclude_modules", budget),
         layers=layers,
         layer_lists=lists,
         fields=written,
-        budget=Budget(),
+        budget=budget,
     )
 
 
@@ -224,19 +228,19 @@ def _check_init(written: Fields) -> None:
         written.refuse("init_lora_weights", "true, false, " + ", ".join(_KEEPS_THE_BASE))
 
 
-def _target(written: Fields) -> Selection | None:
+def _target(written: Fields, budget: Budget) -> Selection | None:
     value = written.data.get("target_modules")
     if isinstance(value, str) and value.lower() == _ALL_LINEAR:
         return None
     if _is_off(value):
         written.refuse("target_modules", "a list of modules, a pattern, or 'all-linear'")
-    return _selection(written, "target_modules")
+    return _selection(written, "target_modules", budget)
 
 
-def _selection(written: Fields, name: str) -> Selection:
+def _selection(written: Fields, name: str, budget: Budget) -> Selection:
     value = written.data.get(name)
     if isinstance(value, str) and value:
-        return Selection(pattern=_pattern(written, name, value))
+        return Selection(pattern=_pattern(written, name, value, budget))
     return Selection(frozenset(_names(written, name)))
 
 
@@ -245,9 +249,16 @@ def _names(written: Fields, name: str) -> tuple[str, ...]:
     names = [value] if isinstance(value, str) and value else value or []
     if not isinstance(names, list) or not all(isinstance(item, str) for item in names):
         written.refuse(name, "names of modules")
-    if name == "layers_pattern" and not all(part.replace(".", "").isidentifier() for part in names):
-        written.refuse(name, "plain names of the list of layers, such as 'layers'")
     return tuple(names)
+
+
+def _layer_lists(written: Fields) -> tuple[str, ...]:
+    names = _names(written, "layers_pattern")
+    if len(names) > _MAX_LISTS or not all(name.replace(".", "").isidentifier() for name in names):
+        written.refuse(
+            "layers_pattern", f"up to {_MAX_LISTS} plain names of the list of layers, such as 'layers'"
+        )
+    return names
 
 
 def _layers(written: Fields) -> frozenset[int] | None:
@@ -268,7 +279,7 @@ def _is_alpha(value: Any) -> bool:
     return is_number(value) and abs(value) <= _MAX_ALPHA
 
 
-def _patterns(written: Fields, name: str, accepts: Any) -> Iterator[tuple[Pattern, Any]]:
+def _patterns(written: Fields, name: str, accepts: Any, budget: Budget) -> Iterator[tuple[Pattern, Any]]:
     value = written.data.get(name)
     if value is None:
         return
@@ -280,12 +291,12 @@ def _patterns(written: Fields, name: str, accepts: Any) -> Iterator[tuple[Patter
                 f"ranks from 1 to {MAX_RANK}" if name == "rank_pattern" else f"numbers up to {_MAX_ALPHA:g}"
             )
             raise ModelError(f"{CONFIG_FILE}: {name}: {shorten(key)} = {shorten(number)}", limit)
-        yield _pattern(written, name, key), number
+        yield _pattern(written, name, key, budget), number
 
 
-def _pattern(written: Fields, name: str, text: str) -> Pattern:
+def _pattern(written: Fields, name: str, text: str, budget: Budget) -> Pattern:
     try:
-        return Pattern(text)
+        return Pattern(text, budget)
     except PatternError as error:
         written.refuse(name, f"patterns of modules that can be matched in bounded time; {error}")
 

@@ -88,8 +88,22 @@ class AdapterRegistry:
             database.execute(f"PRAGMA user_version = {_VERSION}")
         if self._path is not None:
             with self._errors():
-                self._database.execute("PRAGMA journal_mode = WAL")
+                self._write_ahead()
                 self._database.execute("PRAGMA synchronous = FULL")
+
+    def _write_ahead(self) -> None:
+        """Readers do not wait for a writer. SQLite does not wait its busy time where several processes ask for
+        this at once."""
+        end = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                self._database.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
+            else:
+                return
 
     def set(
         self,

@@ -70,6 +70,7 @@ class AdapterStore:
 
         One that is there already is verified, and replaced if it is damaged. Raises `ModelError` where the store
         would exceed its limit, and `OSError` where the disk does not take the file; the store is then as before.
+        It waits while another process adds or removes one.
         """
         path = self.path(adapter.content_id)
         header = _header(adapter.modules)
