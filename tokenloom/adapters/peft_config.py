@@ -8,7 +8,7 @@ refused by name; so is a field that is not known here, unless it is null, false 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,8 +221,8 @@ def _check_init(written: Fields) -> None:
     if kind.startswith(_CHANGES_THE_BASE):
         written.refuse(
             "init_lora_weights",
-            "an adapter over the original base weights; this start of training changes them (peft converts"
-            " it to plain LoRA: save_pretrained with path_initial_model_for_weight_conversion)",
+            "an adapter over the original base weights; this start of training changes them (peft can"
+            " convert all but loftq to plain LoRA: save_pretrained with path_initial_model_for_weight_conversion)",
         )
     if kind not in _KEEPS_THE_BASE:
         written.refuse("init_lora_weights", "true, false, " + ", ".join(_KEEPS_THE_BASE))
@@ -279,7 +279,9 @@ def _is_alpha(value: Any) -> bool:
     return is_number(value) and abs(value) <= _MAX_ALPHA
 
 
-def _patterns(written: Fields, name: str, accepts: Any, budget: Budget) -> Iterator[tuple[Pattern, Any]]:
+def _patterns(
+    written: Fields, name: str, accepts: Callable[[Any], bool], budget: Budget
+) -> Iterator[tuple[Pattern, Any]]:
     value = written.data.get(name)
     if value is None:
         return
