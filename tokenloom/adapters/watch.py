@@ -58,10 +58,16 @@ def scan(directory: str | Path) -> Scan:
     if len(names) > MAX_DIRECTORIES:
         raise ModelError(f"{directory} with {len(names)} directories", f"at most {MAX_DIRECTORIES} adapters")
     for name in sorted(names):
-        config = _stamp(Path(directory, name, CONFIG_FILE))
-        if config is not None:
-            found[name] = AdapterStamp(config, _stamp(Path(directory, name, WEIGHTS_FILE)))
+        known = stamp(Path(directory, name))
+        if known is not None:
+            found[name] = known
     return found
+
+
+def stamp(directory: Path) -> AdapterStamp | None:
+    """The stamps of the adapter in `directory`; None without an adapter_config.json."""
+    config = _stamp(directory / CONFIG_FILE)
+    return None if config is None else AdapterStamp(config, _stamp(directory / WEIGHTS_FILE))
 
 
 def changes(before: Scan, now: Scan, known: Scan) -> Changes:

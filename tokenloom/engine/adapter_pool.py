@@ -35,7 +35,7 @@ class AdapterSource(Protocol):
         """Rows of `slot` have the adapter, which lies in `pages`, from now on."""
 
     def unbind(self, slot: int, pages: NDArray[np.int32]) -> None:
-        """Nobody has `slot` any more; the pages go back."""
+        """Nobody has `slot` any more (-1: nobody ever had one); the pages, some of them filled, go back."""
 
     def forget(self, adapter: str) -> None:
         """Nobody will ask for the adapter again."""
@@ -290,8 +290,9 @@ class AdapterPool:
         self.source.forget(adapter)
 
     def _remove(self, adapter: str, found: Residency) -> None:
-        if found.slot >= 0:
+        if found.num_copied or found.slot >= 0:
             self.source.unbind(found.slot, found.pages)
+        if found.slot >= 0:
             self._slots.append(found.slot)
         for page in found.pages.tolist():
             self.pages.free(page)

@@ -98,6 +98,11 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self.scheduler.live)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether `add_request` would not raise `QueueFull`."""
+        return len(self.scheduler.live) < self.max_running + self.limits.max_waiting
+
     def check_request(self, request: Request) -> None:
         """Raise the error that the client should see if this request can never be served."""
         params = request.params
@@ -130,7 +135,7 @@ class Engine:
         scheduler = self.scheduler
         if request.request_id in scheduler.live:
             raise InvalidParameter("request_id", request.request_id, "unique among live requests")
-        if len(scheduler.live) >= self.max_running + self.limits.max_waiting:
+        if not self.has_room:
             raise QueueFull(self.limits.max_waiting, 1.0)
         params = request.params
         if params.seed is None:

@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Final, NamedTuple
 
@@ -18,6 +19,7 @@ from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import InvalidParameter, TokenloomError
 from tokenloom.serving.assembly import EngineParts, build_engine
 from tokenloom.serving.client import ModelCard
+from tokenloom.serving.local_adapters import LocalAdapters
 from tokenloom.serving.outputs import Collected, RequestOutput
 from tokenloom.serving.progress import ConsoleLoad, RequestBar
 from tokenloom.serving.requests import make_request
@@ -31,6 +33,9 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 Message = Mapping[str, Any]
 """One chat message: {"role": ..., "content": ...}."""
+
+AdapterChoice = str | Path | None
+"""The name of an adapter, the directory of one, or None for the model itself."""
 
 BAR_FROM: Final = 8
 """Lists of at least this many prompts show a progress bar."""
@@ -72,6 +77,11 @@ class LLM:
         self._turn = threading.Lock()
         self._token_texts: dict[int, str] = {}
         self._closed = False
+        try:
+            self._adapters = LocalAdapters(config, parts)
+        except BaseException:
+            parts.engine.close()
+            raise
 
     @property
     def card(self) -> ModelCard:
@@ -98,18 +108,20 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: AdapterChoice | Sequence[AdapterChoice] = None,
         progress: bool | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Complete the prompts; the results are in their order.
 
-        `sampling_params` is one for all or one for each (None: the model's defaults). `progress` draws a bar
+        `sampling_params` is one for all or one for each (None: the model's defaults), and so is `adapter`: the
+        name of one, its directory, or None for the model itself. `progress` draws a bar
         for 8 prompts and more (None: where stderr is a terminal); `use_tqdm=False`, as in vLLM, draws none.
         Every request is checked before any is added: `InvalidParameter` or `ContextLengthExceeded` leaves
         the engine as it was. Ctrl-C cancels what runs after the step in flight.
         """
         tokenized = self._tokenize(_prompt_list(prompts), True)
-        return self._serve(tokenized, sampling_params, progress if use_tqdm else False)
+        return self._serve(tokenized, sampling_params, adapter, progress if use_tqdm else False)
 
     def chat(
         self,
@@ -118,6 +130,7 @@ class LLM:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        adapter: AdapterChoice | Sequence[AdapterChoice] = None,
         progress: bool | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
@@ -139,7 +152,37 @@ class LLM:
                     continue_final_message=continue_final_message,
                 )
             )
-        return self._serve(self._tokenize(texts, False), sampling_params, progress if use_tqdm else False)
+        tokenized = self._tokenize(texts, False)
+        return self._serve(tokenized, sampling_params, adapter, progress if use_tqdm else False)
+
+    # --- adapters ----------------------------------------------------------------------------------------
+
+    def load_adapter(self, name: str, directory: str | Path) -> None:
+        """Let `name` stand for the adapter that peft saved in `directory`, from the next call on.
+
+        A name that stands for another one already is given to this. Raises `ModelError` for an adapter that
+        cannot be served, and `InvalidParameter` for a bad name or too little memory; nothing has changed then.
+        """
+        with self._open_turn():
+            self._adapters.load(name, directory)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises `InvalidParameter` for an unknown name."""
+        with self._open_turn():
+            self._adapters.unload(name)
+
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the loaded adapters, sorted."""
+        return self._adapters.names()
+
+    @contextmanager
+    def _open_turn(self) -> Iterator[None]:
+        with self._turn:
+            if self._closed:
+                raise TokenloomError("this LLM is closed")
+            yield
+
+    # --- requests ----------------------------------------------------------------------------------------
 
     def _tokenize(self, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[_Tokenized]:
         given = [_text_or_ids(prompt) for prompt in prompts]
@@ -151,17 +194,20 @@ class LLM:
         self,
         prompts: list[_Tokenized],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        adapter: AdapterChoice | Sequence[AdapterChoice],
         progress: bool | None,
     ) -> list[RequestOutput]:
         params = self._params_list(sampling_params, len(prompts))
-        with self._turn:
-            if self._closed:
-                raise TokenloomError("this LLM is closed")
+        chosen = _adapter_list(adapter, len(prompts))
+        with self._open_turn():
+            contents = {one: self._adapters.resolve(one) for one in set(chosen)}
             engine, tokenizer, seeds = self._parts.engine, self._parts.tokenizer, self._parts.seeds
             collected: dict[str, Collected] = {}
-            for prompt, own in zip(prompts, params, strict=True):
+            for prompt, own, one in zip(prompts, params, chosen, strict=True):
                 request_id = str(next(self._request_ids))
-                request = make_request(tokenizer, prompt.token_ids, own, request_id=request_id)
+                request = make_request(
+                    tokenizer, prompt.token_ids, own, request_id=request_id, adapter=contents[one]
+                )
                 engine.check_request(request)
                 collected[request_id] = Collected(request, prompt.text)
             for entry in collected.values():
@@ -176,7 +222,7 @@ class LLM:
         try:
             with _deferred_interrupt() as interrupted, bar:
                 while (queued or engine.has_work) and not interrupted:
-                    while queued and len(engine.scheduler.waiting) < engine.limits.max_waiting:
+                    while queued and engine.has_room:
                         engine.add_request(queued.popleft())
                     num_ended = num_tokens = 0
                     for delta in engine.step():
@@ -221,6 +267,7 @@ class LLM:
             if not self._closed:
                 self._closed = True
                 self._parts.engine.close()
+                self._adapters.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -239,6 +286,15 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if items and not hasattr(items[0], "__len__"):
         return [items]
     return items
+
+
+def _adapter_list(given: AdapterChoice | Sequence[AdapterChoice], count: int) -> list[AdapterChoice]:
+    """The adapter of each of `count` prompts."""
+    if given is None or isinstance(given, (str, Path)):
+        return [given] * count
+    if not isinstance(given, Sequence) or len(given) != count:
+        raise InvalidParameter("adapter", given, f"one, or one for each of {count} prompts")
+    return list(given)
 
 
 def _text_or_ids(prompt: Prompt) -> tuple[str | None, list[int] | None]:

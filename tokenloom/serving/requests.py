@@ -20,8 +20,9 @@ def make_request(
     priority: int = 0,
     tenant: str = "",
     program_id: str = "",
+    adapter: str = "",
 ) -> Request:
-    """The request for a tokenised prompt, with `params.bad_words` resolved to token ids.
+    """The request for a tokenised prompt, with `params.bad_words` resolved to token ids; `adapter` is a content id.
 
     Raises `InvalidParameter` for a bad word that has no tokens. Limits that depend on the engine are checked
     by `Engine.check_request`.
@@ -33,6 +34,7 @@ def make_request(
         priority=priority,
         tenant=tenant,
         program_id=program_id,
+        adapter=adapter,
         bad_word_ids=tuple(bad_word_ids(tokenizer, params.bad_words)) if params.bad_words else (),
     )
 
