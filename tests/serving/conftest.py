@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -24,4 +25,4 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def importable(monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
     """Child processes find `tokenloom` and `tests`, wherever the tests were started."""
-    monkeypatch.setenv("PYTHONPATH", str(repository))
+    monkeypatch.setenv("PYTHONPATH", str(repository), prepend=os.pathsep)

@@ -129,6 +129,30 @@ class Engine:
         room = min(pages.max_pages, (pages.pool.num_frames - frames) * pages.pages_per_frame)
         return min(self.max_context, room * PAGE_SIZE)
 
+    def pin_adapter(self, adapter: str, on: bool) -> None:
+        """Keep the adapter in the pool from its next use on, or no longer.
+
+        Raises `InvalidParameter` for an unknown one, and where the pinned ones would not leave room for a sequence
+        of full length, or for one that is live.
+        """
+        pool = self.adapters
+        if not on or adapter in pool.pinned:
+            pool.pin(adapter, on)
+            return
+        pool.check(adapter)
+        pool.pin(adapter, on=True)
+        try:
+            fits = self._context_beside("") == self.max_context and all(
+                seq.max_length <= self._context_beside(seq.request.adapter)
+                for sequences in self.scheduler.live.values()
+                for seq in sequences
+            )
+        except InvalidParameter:
+            fits = False
+        if not fits:
+            pool.pin(adapter, on=False)
+            raise InvalidParameter("adapter", adapter, "small enough to stay in memory beside all requests")
+
     def add_request(self, request: Request) -> None:
         """Queue a request. Raises `QueueFull`, or `InvalidParameter` where it can never be served."""
         self.check_request(request)
