@@ -98,6 +98,38 @@ class SchedulerOptions:
     max_waiting: int = knob(1024, "Requests that may wait; more are refused with 429.", **_at_least(1))
     policy: Literal["fcfs", "priority"] = knob("fcfs", "First come first served, or by request priority.")
     age_bound_s: float = knob(60.0, "A request older than this goes before all younger ones.", **_at_least(0))
+    admission: Literal["optimistic", "reserve"] = knob(
+        "optimistic",
+        "Who may start: whose prompt fits, or only whose longest output would fit beside all others.",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterOptions:
+    """Adapters over the model."""
+
+    adapter: tuple[str, ...] = knob(
+        (),
+        "An adapter to load at start, as NAME=DIRECTORY; may be given several times (commas between them).",
+    )
+    adapter_dir: str = knob(
+        "", "Directory whose sub-directories are adapters, by name; it is watched while the server runs."
+    )
+    adapter_root: str = knob(
+        "",
+        "Directory in which adapters must lie that are loaded over HTTP; empty: any, but only for a server on"
+        " loopback or with an API key.",
+    )
+    data_dir: str = knob(
+        "",
+        "Directory that keeps adapters and their names; empty for a temporary one that is removed at the end.",
+    )
+    max_adapter_mb: int = knob(
+        0, "Memory for adapters in MiB, of that for KV pages; 0: as much as there is.", **_at_least(0)
+    )
+    max_adapter_rank: int = knob(
+        256, "Adapters of a higher rank are refused.", check=lambda v: 1 <= v <= 256, limit="1 to 256"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +172,7 @@ class Config:
     model: ModelOptions = ModelOptions()
     cache: CacheOptions = CacheOptions()
     scheduler: SchedulerOptions = SchedulerOptions()
+    adapters: AdapterOptions = AdapterOptions()
     server: ServerOptions = ServerOptions()
     runtime: RuntimeOptions = RuntimeOptions()
 
@@ -148,6 +181,7 @@ SECTIONS: dict[str, type[Any]] = {
     "model": ModelOptions,
     "cache": CacheOptions,
     "scheduler": SchedulerOptions,
+    "adapters": AdapterOptions,
     "server": ServerOptions,
     "runtime": RuntimeOptions,
 }
@@ -187,6 +221,8 @@ def knobs() -> Iterator[Knob]:
 def _convert(entry: Knob, value: Any) -> Any:
     """`value` (perhaps text from the environment or the command line) as the knob's type."""
     wanted = entry.type
+    if get_origin(wanted) is tuple:
+        return _texts(entry, value)
     if isinstance(value, str) and wanted is not str:
         try:
             if wanted is bool:
@@ -204,6 +240,14 @@ def _convert(entry: Knob, value: Any) -> Any:
     if entry.choices and value not in entry.choices:
         raise InvalidParameter(entry.name, value, "one of " + ", ".join(entry.choices))
     return value
+
+
+def _texts(entry: Knob, value: Any) -> tuple[str, ...]:
+    """Several texts; of one text, what is between the commas."""
+    items = [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
+        raise InvalidParameter(entry.name, value, "texts")
+    return tuple(items)
 
 
 def _metadata(entry: Knob) -> Field[Any]:

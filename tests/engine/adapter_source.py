@@ -17,6 +17,7 @@ class FakeSource:
         self.content: dict[int, tuple[str, int]] = {}
         self.bound: dict[int, tuple[str, list[int]]] = {}
         self.copied: list[tuple[str, int]] = []
+        self.cleared = 0
         self.forgotten: list[str] = []
 
     def num_pages(self, adapter: str) -> int:
@@ -34,7 +35,9 @@ class FakeSource:
         self.bound[slot] = (adapter, pages.tolist())
 
     def unbind(self, slot: int, pages: NDArray[np.int32]) -> None:
-        assert self.bound.pop(slot)[1] == pages.tolist()
+        if slot >= 0:
+            assert self.bound.pop(slot)[1] == pages.tolist()
+        self.cleared += len(pages)
 
     def forget(self, adapter: str) -> None:
         assert adapter not in {name for name, _ in self.bound.values()}

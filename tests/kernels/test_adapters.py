@@ -26,7 +26,14 @@ from tests.kernels.harness import (
 from tokenloom.engine.batch import StepResult
 from tokenloom.errors import ModelError
 from tokenloom.kernels import spec
-from tokenloom.kernels.adapter_image import PAGE_BYTES, AdapterImage, make_image, read_blocks
+from tokenloom.kernels.adapter_image import (
+    MAX_RANK,
+    PAGE_BYTES,
+    AdapterImage,
+    make_image,
+    page_bytes_for,
+    read_blocks,
+)
 from tokenloom.kernels.native import extension
 from tokenloom.kernels.program import Program
 from tokenloom.models.config import ExpertsConfig
@@ -102,8 +109,7 @@ class Host:
         self._next = 32 * (FRAME // PAGE_BYTES) - 1
 
     def load(self, slot: int, blocks: list[Block], embedding: Embedding | None = None) -> AdapterImage:
-        image = make_image(self.program, blocks, embedding, self.dtype, frame_bytes=FRAME)
-        assert image.layout.page_bytes == PAGE_BYTES
+        image = make_image(self.program, blocks, embedding, self.dtype, page_bytes=PAGE_BYTES)
         count = image.layout.num_pages
         # In falling order: pages lie anywhere.
         pages = np.arange(self._next, self._next - count, -1, dtype=np.int32)
@@ -311,7 +317,7 @@ def hidden_rows(host: Host, text: list[int], narrow: bool) -> list[Float32]:
 def test_images_keep_what_they_were_made_of(tmp_path: Path) -> None:
     program = build(CONFIG)
     blocks = make_blocks(program, 1, (1, 8, 70))
-    image = make_image(program, blocks, make_embedding(1, 5), "float32", frame_bytes=FRAME)
+    image = make_image(program, blocks, make_embedding(1, 5), "float32", page_bytes=PAGE_BYTES)
     image.save(tmp_path / "x.image")
     again = AdapterImage.open(tmp_path / "x.image")
     assert again.layout == image.layout
@@ -333,16 +339,27 @@ def test_numbers_that_do_not_fit_are_refused() -> None:
     for value in (np.nan, np.inf, 3.4e38):
         block.a[0, 0] = value
         with pytest.raises(ModelError, match="does not hold"):
-            make_image(program, [block], None, "bfloat16", frame_bytes=FRAME)
+            make_image(program, [block], None, "bfloat16", page_bytes=PAGE_BYTES)
 
 
 def test_long_vectors_take_larger_pages() -> None:
     program = build(small_config(hidden_size=20_000, intermediate_size=8, num_layers=1, vocab_size=5))
     block = Block("lm_head.weight", 0, 5, np.ones((2, 20_000)), np.ones((5, 2)), 1.0)
-    image = make_image(program, [block], None, "float32", frame_bytes=4 * PAGE_BYTES)
+    assert page_bytes_for(program, "bfloat16") == PAGE_BYTES
+    assert page_bytes_for(program, "float32") == page_bytes_for(program, "float16") == 2 * PAGE_BYTES
+    image = make_image(program, [block], None, "float32", page_bytes=2 * PAGE_BYTES)
     assert image.layout.page_bytes == 2 * PAGE_BYTES
-    with pytest.raises(ModelError, match="does not fit|a vector of"):
-        make_image(program, [block], None, "float32", frame_bytes=PAGE_BYTES)
+    with pytest.raises(ModelError, match="a vector of 80000 bytes"):
+        make_image(program, [block], None, "float32", page_bytes=PAGE_BYTES)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pages_hold_the_largest_rank(dtype: str) -> None:
+    program = build(CONFIG)
+    blocks = make_blocks(program, 1, (MAX_RANK,))
+    size = page_bytes_for(program, dtype)
+    assert size == PAGE_BYTES
+    assert make_image(program, blocks, make_embedding(1, MAX_RANK), dtype, page_bytes=size).layout.num_pages
 
 
 @pytest.mark.skipif(extension.missing() is not None, reason="the native kernels were not built")

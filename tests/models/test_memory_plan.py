@@ -106,6 +106,10 @@ def test_pages_larger_than_a_frame():
     plan = fit(replace(config, max_context=64), 200 * GIB)
     assert plan.page_bytes > FRAME_BYTES
     assert (plan.frame_bytes, plan.pages_per_frame) == (plan.page_bytes, 1)
+    plan = fit(replace(config, max_context=64, num_layers=65, num_kv_heads=16, num_heads=16), 200 * GIB)
+    assert plan.page_bytes % (256 << 10), "adapter pages would not fit"
+    assert plan.frame_bytes % (256 << 10) == 0
+    assert 0 < plan.frame_bytes - plan.page_bytes < 256 << 10
 
 
 def test_refusal_names_numbers_and_a_cure_that_works():

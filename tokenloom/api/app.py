@@ -19,21 +19,26 @@ from tokenloom.api.metrics import Metrics
 from tokenloom.api.openapi import docs, openapi_json
 from tokenloom.config import Config
 from tokenloom.errors import TokenloomError
+from tokenloom.serving.adapter_service import AdapterService
 from tokenloom.serving.client import EngineClient
 
 
-def create_app(client: EngineClient, config: Config) -> Starlette:
-    """The HTTP face of `client`. The application's lifespan starts and closes the client."""
+def create_app(client: EngineClient, config: Config, adapters: AdapterService | None = None) -> Starlette:
+    """The HTTP face of `client`, with `adapters` over its model (None: without). The application's lifespan starts
+    and closes both."""
     metrics = Metrics()
+    served = adapters or AdapterService(client, None, model="", options=config.adapters)
     client.subscribe(functools.partial(metrics.on_step, client))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncGenerator[None, None]:
         await client.start()
+        served.start()
         try:
             yield
         finally:
             await client.close()
+            await served.close()
 
     routes = [Route(entry.path, entry.handler, methods=[entry.method]) for entry in ENDPOINTS]
     routes += [Route("/openapi.json", openapi_json), Route("/docs", docs)]
@@ -49,5 +54,5 @@ def create_app(client: EngineClient, config: Config) -> Starlette:
     )
     # A redirect would drop the body of a POST in many clients; a wrong path is a 404.
     app.router.redirect_slashes = False
-    app.state.context = ApiContext(client, config, metrics)
+    app.state.context = ApiContext(client, config, metrics, served)
     return app

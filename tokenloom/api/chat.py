@@ -51,14 +51,14 @@ async def chat_completions(request: Request) -> Response:
     job = Job(
         response_id=new_response_id("chatcmpl"),
         log_id=request.state.request_id,
-        model=card.name,
+        model=fields.model,
         prompts=[Prompt(ids, continued if fields.echo else "")],
         params=params,
         priority=fields.priority,
         tenant=fields.cache_salt or "",
     )
     generation = Generation(context, job)
-    form = ChatFormat(generation, fields, tokenizer, fingerprint(card))
+    form = ChatFormat(generation, fields, tokenizer, fingerprint(card, generation.adapter))
     return GenerationResponse(generation, form, stream=fields.stream, options=fields.stream_options)
 
 
@@ -90,7 +90,7 @@ class ChatFormat:
         return ChatChunk(
             id=job.response_id,
             created=self._generation.created,
-            model=job.model,
+            model=self._generation.model,
             system_fingerprint=self._fingerprint,
             choices=choices,
             usage=usage or self._no_usage,
@@ -134,7 +134,7 @@ class ChatFormat:
         return ChatCompletion(
             id=job.response_id,
             created=generation.created,
-            model=job.model,
+            model=generation.model,
             system_fingerprint=self._fingerprint,
             choices=[
                 ChatChoice(

@@ -54,14 +54,14 @@ async def completions(request: Request) -> Response:
     job = Job(
         response_id=new_response_id("cmpl"),
         log_id=request.state.request_id,
-        model=card.name,
+        model=fields.model,
         prompts=prompts,
         params=params,
         priority=fields.priority,
         tenant=fields.cache_salt or "",
     )
     generation = Generation(context, job)
-    form = CompletionFormat(generation, fields, tokenizer, fingerprint(card))
+    form = CompletionFormat(generation, fields, tokenizer, fingerprint(card, generation.adapter))
     return GenerationResponse(generation, form, stream=fields.stream, options=fields.stream_options)
 
 
@@ -120,7 +120,7 @@ class CompletionFormat:
         return Completion(
             id=job.response_id,
             created=self._generation.created,
-            model=job.model,
+            model=self._generation.model,
             system_fingerprint=self._fingerprint,
             choices=choices,
             usage=usage or self._no_usage,

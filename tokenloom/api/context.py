@@ -11,19 +11,23 @@ from tokenloom.api.errors import unavailable
 from tokenloom.api.metrics import Metrics
 from tokenloom.config import Config
 from tokenloom.errors import EngineDead, InvalidParameter, ModelNotFound, QueueFull
+from tokenloom.serving.adapter_service import NO_ADAPTER, AdapterLease, AdapterService
 from tokenloom.serving.client import EngineClient, ModelCard
 
 QUEUE_RETRY_SECONDS = 1.0
 MAX_SHOWN_ID = 24
+MAX_SHOWN_NAMES = 50
+SHOWN_CONTENT_DIGITS = 12
 
 
 @dataclass(frozen=True, slots=True)
 class ApiContext:
-    """The engine, the configuration and the metrics of one application."""
+    """The engine, the configuration, the metrics and the adapters of one application."""
 
     client: EngineClient
     config: Config
     metrics: Metrics
+    adapters: AdapterService
 
     @property
     def max_body_bytes(self) -> int:
@@ -42,11 +46,29 @@ class ApiContext:
         return card
 
     def card_for(self, model: str) -> ModelCard:
-        """The card of the model that a request names ("" for the served one); raises 404 or 503."""
+        """The card of the model that a request names ("" for the served one), or of that below the adapter that it
+        names; raises 404 or 503."""
         card = self.ready_card()
-        if model and model != card.name:
-            raise ModelNotFound(model[:200], (card.name,))
+        if model and model != card.name and self.adapters.find(model) is None:
+            raise self._not_found(card, model)
         return card
+
+    def lease(self, model: str) -> tuple[str, AdapterLease]:
+        """What the answer calls the model that a request names, and the adapter that it is served with, which is to
+        be released when it has ended. Raises 404 or 503."""
+        card = self.ready_card()
+        if not model or model == card.name:
+            return card.name, NO_ADAPTER
+        served = self.adapters.find(model)
+        if served is None:
+            raise self._not_found(card, model)
+        return served.name, self.adapters.lease(served.name)
+
+    def _not_found(self, card: ModelCard, model: str) -> ModelNotFound:
+        names = self.adapters.names()
+        shown = names[:MAX_SHOWN_NAMES]
+        more = (f"and {len(names) - len(shown)} more adapters",) if len(names) > len(shown) else ()
+        return ModelNotFound(model[:200], (card.name, *shown, *more))
 
     def check_priority(self, priority: int) -> None:
         """Raise `InvalidParameter` for a priority that the scheduler would not look at."""
@@ -70,9 +92,10 @@ def context_of(request: Request) -> ApiContext:
     return context
 
 
-def fingerprint(card: ModelCard) -> str:
-    """OpenAI's `system_fingerprint`: equal fingerprints and seeds give equal outputs."""
+def fingerprint(card: ModelCard, adapter: str) -> str:
+    """OpenAI's `system_fingerprint`: equal fingerprints and seeds give equal outputs. `adapter` is the content id of
+    the request's adapter, "" for none."""
     numerics = card.numerics_id
     if len(numerics) > MAX_SHOWN_ID:
         numerics = hashlib.sha256(numerics.encode()).hexdigest()[:12]
-    return f"tokenloom-{numerics or 'unknown'}"
+    return f"tokenloom-{numerics or 'unknown'}" + (f"-{adapter[:SHOWN_CONTENT_DIGITS]}" if adapter else "")

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from starlette.requests import Request as HttpRequest
@@ -24,6 +24,7 @@ from tokenloom.api.schemas import EmbeddingRequest
 from tokenloom.api.streaming import ClientGone, new_response_id, unless_disconnected
 from tokenloom.engine.request import Request, SequenceDelta
 from tokenloom.errors import InvalidParameter, TokenloomError
+from tokenloom.serving.adapter_service import AdapterLease
 from tokenloom.serving.client import ModelCard
 from tokenloom.serving.outputs import finished_vector
 from tokenloom.serving.requests import check_dimensions, embedding_request, num_kept
@@ -51,7 +52,9 @@ async def embeddings(request: HttpRequest) -> Response:
     for name, ids in zip(prompt_names("input", len(encoded)), encoded, strict=True):
         if len(ids) > card.max_context:
             raise _too_long(name, len(ids), card)
+    context.check_room(card, _num_at_once(len(encoded), card))
     response_id = new_response_id("embd")
+    model, lease = context.lease(fields.model)
     requests = [
         embedding_request(
             ids,
@@ -59,11 +62,12 @@ async def embeddings(request: HttpRequest) -> Response:
             request_id=f"{response_id}-{number}",
             priority=fields.priority,
             tenant=fields.cache_salt or "",
+            adapter=lease.content_id,
         )
         for number, ids in enumerate(encoded)
     ]
-    context.check_room(card, _num_at_once(requests, card))
-    return EmbeddingResponse(context, card, requests, fields, log_id=request.state.request_id)
+    served = Served(model, card, lease)
+    return EmbeddingResponse(context, served, requests, fields, log_id=request.state.request_id)
 
 
 def _too_long(name: str, num_tokens: int, card: ModelCard) -> InvalidParameter:
@@ -79,9 +83,17 @@ def _too_long(name: str, num_tokens: int, card: ModelCard) -> InvalidParameter:
     )
 
 
-def _num_at_once(requests: Sequence[Request], card: ModelCard) -> int:
+def _num_at_once(num_inputs: int, card: ModelCard) -> int:
     """More than run at once would only fill the queue, and keep others out."""
-    return min(len(requests), card.max_running, card.max_requests)
+    return min(num_inputs, card.max_running, card.max_requests)
+
+
+class Served(NamedTuple):
+    """What the answer calls the model, the card of the base, and the adapter over it."""
+
+    name: str
+    card: ModelCard
+    lease: AdapterLease
 
 
 class EmbeddingResponse(Response):
@@ -93,7 +105,7 @@ class EmbeddingResponse(Response):
     def __init__(
         self,
         context: ApiContext,
-        card: ModelCard,
+        served: Served,
         requests: Sequence[Request],
         fields: EmbeddingRequest,
         *,
@@ -102,7 +114,7 @@ class EmbeddingResponse(Response):
         self.status_code = 200
         self.background = None
         self._context = context
-        self._card = card
+        self._served = served
         self._requests = requests
         self._fields = fields
         self._log_id = log_id
@@ -111,16 +123,18 @@ class EmbeddingResponse(Response):
         self._started = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with contextlib.suppress(ClientGone):
-            body = await unless_disconnected(receive, self._collect())
-            await Response(body, media_type="application/json")(scope, receive, send)
+        try:
+            with contextlib.suppress(ClientGone):
+                body = await unless_disconnected(receive, self._collect())
+                await Response(body, media_type="application/json")(scope, receive, send)
+        finally:
+            self._served.lease.release()
 
     async def _collect(self) -> bytes:
         outcome: Literal["stop", "abort", "error"] = "abort"
         waiting = enumerate(self._requests)
-        tasks = [
-            asyncio.create_task(self._serve(waiting)) for _ in range(_num_at_once(self._requests, self._card))
-        ]
+        num_tasks = _num_at_once(len(self._requests), self._served.card)
+        tasks = [asyncio.create_task(self._serve(waiting)) for _ in range(num_tasks)]
         try:
             await asyncio.gather(*tasks)
             outcome = "stop"
@@ -133,7 +147,7 @@ class EmbeddingResponse(Response):
             await asyncio.gather(*tasks, return_exceptions=True)
             self._finish(outcome)
         data: list[Any] = self._items
-        return msgspec.json.encode(EmbeddingList(data=data, model=self._card.name, usage=self._usage()))
+        return msgspec.json.encode(EmbeddingList(data=data, model=self._served.name, usage=self._usage()))
 
     async def _serve(self, waiting: Iterator[tuple[int, Request]]) -> None:
         """Serve one request after the other; each takes the place in the queue that the last one left."""
@@ -183,7 +197,7 @@ class EmbeddingResponse(Response):
             "request %s x_request_id=%s model=%s inputs=%d tokens_in=%d tokens_cached=%d finish=%s total_ms=%.1f",
             self._requests[0].request_id.rpartition("-")[0],
             self._log_id,
-            self._card.name,
+            self._served.name,
             len(self._requests),
             usage.prompt_tokens,
             self._num_cached,

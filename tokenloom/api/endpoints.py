@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tokenloom.api import models, tokenize
+from tokenloom.api import adapters, models, tokenize
 from tokenloom.api.chat import chat_completions
 from tokenloom.api.completions import completions
 from tokenloom.api.embeddings import embeddings
 from tokenloom.api.responses import (
+    AdapterInfo,
+    AdapterList,
     ChatChunk,
     ChatCompletion,
     Completion,
@@ -29,7 +31,9 @@ from tokenloom.api.schemas import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    LoadAdapterRequest,
     TokenizeRequest,
+    UnloadAdapterRequest,
 )
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -61,6 +65,11 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("POST", "/v1/embeddings", embeddings, EmbeddingRequest, EmbeddingList),
     Endpoint("GET", "/v1/models", models.list_models, None, ModelList),
     Endpoint("GET", "/v1/models/{model:path}", models.get_model, None, Model),
+    Endpoint("POST", "/v1/load_lora_adapter", adapters.load_lora_adapter, LoadAdapterRequest, None),
+    Endpoint("POST", "/v1/unload_lora_adapter", adapters.unload_lora_adapter, UnloadAdapterRequest, None),
+    Endpoint("GET", "/admin/adapters", adapters.list_adapters, None, AdapterList),
+    Endpoint("POST", "/admin/adapters/{name:path}/pin", adapters.pin_adapter, None, AdapterInfo),
+    Endpoint("POST", "/admin/adapters/{name:path}/unpin", adapters.unpin_adapter, None, AdapterInfo),
     Endpoint("POST", "/tokenize", tokenize.tokenize, TokenizeRequest, TokenizeResponse),
     Endpoint("POST", "/detokenize", tokenize.detokenize, DetokenizeRequest, DetokenizeResponse),
     Endpoint("GET", "/health", models.health, None, Health),

@@ -38,7 +38,8 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """An API request after validation. `log_id` is the client's X-Request-Id or its substitute."""
+    """An API request after validation. `log_id` is the client's X-Request-Id or its substitute; `model` what it names
+    as the model."""
 
     response_id: str
     log_id: str
@@ -82,7 +83,7 @@ class _Choice:
 
 
 class Generation:
-    """Runs a job and keeps its totals.
+    """Runs a job and keeps its totals. `model` and `adapter` (a content id) are what serves it, until `close`.
 
     `deltas()` may be iterated once. Closing it early cancels everything that still runs; if one prompt fails,
     the others are cancelled and the error is raised. `prompt_logprobs[p]` is there from the first delta of
@@ -101,16 +102,39 @@ class Generation:
         self._num_prompt = sum(len(prompt.token_ids) for prompt in job.prompts)
         self._num_output = 0
         self._num_cached = 0
+        self.model, self._lease = context.lease(job.model)
+        try:
+            self._prepare(job)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, job: Job) -> None:
         tokenizer = self._client.tokenizer
         # Bad words are tokenised once, however many prompts there are.
         self._template = make_request(
-            tokenizer, (), job.params, request_id="", priority=job.priority, tenant=job.tenant
+            tokenizer,
+            (),
+            job.params,
+            request_id="",
+            priority=job.priority,
+            tenant=job.tenant,
+            adapter=self.adapter,
         )
         self._choices = [
             _Choice(output_text_of(tokenizer, prompt.token_ids, job.params), len(prompt.echo))
             for prompt in job.prompts
             for _ in range(job.params.n)
         ]
+
+    @property
+    def adapter(self) -> str:
+        """The content id of the adapter; "" for the base model."""
+        return self._lease.content_id
+
+    def close(self) -> None:
+        """Let go of the adapter; nothing of the job runs any more."""
+        self._lease.release()
 
     @property
     def usage(self) -> Usage:
@@ -263,7 +287,7 @@ class Generation:
             "first_token_ms=%s total_ms=%.1f",
             self.job.response_id,
             self.job.log_id,
-            self.job.model,
+            self.model,
             usage.prompt_tokens,
             usage.completion_tokens,
             usage.prompt_tokens_details.cached_tokens,

@@ -1,4 +1,5 @@
-"""Prometheus metrics. The model's name is the one label, besides the reason or stage where a name says so."""
+"""Prometheus metrics. The model's name is the one label, besides the reason, stage or adapter where a name says
+so."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from tokenloom.api.adapter_metrics import AdapterMetrics
 from tokenloom.engine.plan import StepRecord
 from tokenloom.engine.request import RequestTimings
 from tokenloom.serving.client import EngineClient
@@ -77,6 +79,8 @@ _COUNTERS = {
     "prompt_tokens": "Prompt tokens of requests that got a first token.",
     "prompt_tokens_cached": "Those of them that came from the prefix cache.",
     "generation_tokens": "Tokens generated.",
+    "adapters_fetched": "Adapters that were brought into the memory for KV pages.",
+    "adapters_evicted": "Adapters that had to leave it.",
     "num_preemptions": "Sequences that gave up their pages to more urgent ones.",
     "engine_restarts": "Times that a dead engine was started again.",
 }
@@ -112,6 +116,7 @@ class Metrics:
             ["model_name", "stage"],
             registry=self.registry,
         )
+        self.adapters = AdapterMetrics(self.registry)
         self._model_name = ""
         self._bound: dict[str, Any] = {}
         self._stage_counters: dict[str, Any] = {}
@@ -154,6 +159,8 @@ class Metrics:
             ("prefix_cache_queries", record.prefix_queries),
             ("prefix_cache_hits", record.prefix_hits),
             ("num_preemptions", record.num_preemptions),
+            ("adapters_fetched", record.adapters_fetched),
+            ("adapters_evicted", record.adapters_evicted),
         ):
             if amount:
                 bound[name].inc(amount)

@@ -13,6 +13,7 @@ from tokenloom.api.errors import RETRY_AFTER_SECONDS
 from tokenloom.api.metrics import CONTENT_TYPE
 from tokenloom.api.responses import Health, Model, ModelList, Version
 from tokenloom.errors import EngineDead
+from tokenloom.serving.adapter_service import ServedAdapter
 from tokenloom.serving.client import ModelCard
 
 
@@ -27,9 +28,24 @@ def _model(card: ModelCard) -> Model:
     return Model(id=card.name, created=card.created, root=card.name, max_model_len=card.max_context)
 
 
+def _adapter(card: ModelCard, served: ServedAdapter) -> Model:
+    return Model(
+        id=served.name,
+        created=int(served.entry.added),
+        root=served.entry.source or served.name,
+        parent=card.name,
+        max_model_len=card.max_context,
+    )
+
+
 async def list_models(request: Request) -> Response:
-    """The served models: one."""
-    return json_response(ModelList(data=[_model(context_of(request).ready_card())]))
+    """The served models: one, and its adapters."""
+    context = context_of(request)
+    card = context.ready_card()
+    adapters = (context.adapters.find(name) for name in context.adapters.names())
+    return json_response(
+        ModelList(data=[_model(card), *(_adapter(card, served) for served in adapters if served)])
+    )
 
 
 async def get_model(request: Request) -> Response:
@@ -37,7 +53,10 @@ async def get_model(request: Request) -> Response:
     name = request.path_params["model"]
     if not name:
         raise HTTPException(404)
-    return json_response(_model(context_of(request).card_for(name)))
+    context = context_of(request)
+    card = context.card_for(name)
+    served = None if name == card.name else context.adapters.find(name)
+    return json_response(_adapter(card, served) if served else _model(card))
 
 
 async def health(request: Request) -> Response:
@@ -69,4 +88,5 @@ async def version(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
     context = context_of(request)
+    context.metrics.adapters.reports = await context.adapters.report()
     return Response(context.metrics.render(context.client), headers={"Content-Type": CONTENT_TYPE})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from html import escape
 from typing import Any
 
@@ -63,10 +64,9 @@ def _operation(endpoint: Endpoint, by_type: dict[Any, dict[str, Any]]) -> dict[s
     if endpoint.request is not None:
         body = {"application/json": {"schema": by_type[endpoint.request]}}
         operation["requestBody"] = {"required": True, "content": body}
-    if "{model" in endpoint.path:
-        operation["parameters"] = [
-            {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
-        ]
+    for name in re.findall(r"{(\w+)", endpoint.path):
+        parameter = {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        operation.setdefault("parameters", []).append(parameter)
     return operation
 
 

@@ -230,4 +230,33 @@ class Version(Struct, kw_only=True):
     numerics: str | None = None
 
 
+class AdapterInfo(Struct, kw_only=True):
+    """An adapter. `bytes` are those of its tensors as saved, `resident_bytes` what it takes of the memory for KV pages
+    now (0: it is not there); `created` and `last_used` are in seconds since 1970."""
+
+    name: str
+    object: Literal["adapter"] = "adapter"
+    content_id: str
+    version: int
+    parent: str
+    base_model_name: str | None
+    source: str | None
+    rank: int
+    bytes: int
+    created: int
+    resident_bytes: int
+    requests_live: int
+    sequences_running: int
+    requests_total: int
+    last_used: float | None
+    pinned: bool
+
+
+class AdapterList(Struct, kw_only=True):
+    """GET /admin/adapters."""
+
+    object: Literal["list"] = "list"
+    data: list[AdapterInfo]
+
+
 OpenApiDocument = dict[str, Any]

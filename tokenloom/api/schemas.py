@@ -153,3 +153,21 @@ class DetokenizeRequest(Struct, kw_only=True):
     model: str = ""
     tokens: list[int]
     skip_special_tokens: bool = False
+
+
+class LoadAdapterRequest(Struct, kw_only=True):
+    """POST /v1/load_lora_adapter: the directory `lora_path` of the server's machine, as peft saved it.
+
+    A name that is taken is refused, or with `load_inplace` given to the new adapter; requests that run keep the
+    old one.
+    """
+
+    lora_name: str = ""
+    lora_path: str = ""
+    load_inplace: bool = False
+
+
+class UnloadAdapterRequest(Struct, kw_only=True):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: str = ""

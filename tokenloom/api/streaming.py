@@ -92,7 +92,7 @@ class GenerationResponse(Response):
         self._continuous_usage = bool(options and options.continuous_usage_stats)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with contextlib.suppress(ClientGone):
+        with contextlib.suppress(ClientGone), contextlib.closing(self._generation):
             if self._stream:
                 await unless_disconnected(receive, self._send_events(send))
                 return

@@ -80,8 +80,8 @@ REFUSED: dict[str, tuple[_Harmless, str]] = {
     "return_tokens_as_token_ids": (_one_of(False), "use return_token_ids"),
     "logprob_token_ids": (_empty, "ask for the best tokens with top_logprobs or logprobs"),
     "repetition_detection": (_never, "it is not there"),
-    "lora_request": (_empty, "adapters are not there yet"),
-    "adapter": (_empty, "adapters are not there yet"),
+    "lora_request": (_empty, "give the name of an adapter as the model"),
+    "adapter": (_empty, "give the name of an adapter as the model"),
 }
 
 # Fields that change nothing about the answer.

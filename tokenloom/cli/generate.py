@@ -9,9 +9,9 @@ from tokenloom.config import Config
 from tokenloom.engine.sampling_params import SamplingParams
 
 
-def run(config: Config, prompt: str, params: SamplingParams, *, chat: bool) -> None:
-    """Print the continuation (or, with `chat`, the answer) as it comes."""
-    model = LocalModel(config)
+def run(config: Config, prompt: str, params: SamplingParams, *, chat: bool, adapter: str = "") -> None:
+    """Print the continuation (or, with `chat`, the answer) as it comes; `adapter` is the directory of one."""
+    model = LocalModel(config, adapter)
     try:
         if chat:
             pieces = model.answer([{"role": "user", "content": prompt}], params)

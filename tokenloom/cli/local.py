@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from tokenloom.config import Config
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.serving.assembly import EngineParts, build_engine
+from tokenloom.serving.local_adapters import LocalAdapters
 from tokenloom.serving.progress import ConsoleLoad
 from tokenloom.serving.requests import make_request
 from tokenloom.serving.threads import set_blas_threads
@@ -22,10 +23,18 @@ def load(config: Config) -> EngineParts:
 
 
 class LocalModel:
-    """Loads the model of `config`; raises a `TokenloomError` when that cannot be done."""
+    """Loads the model of `config`, and the adapter in the directory `adapter` ("" for none); raises a
+    `TokenloomError` when that cannot be done."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, adapter: str = "") -> None:
         self._parts = load(config)
+        self._adapters: LocalAdapters | None = None
+        try:
+            self._adapters = LocalAdapters(config, self._parts)
+            self._adapter = self._adapters.resolve(adapter)
+        except BaseException:
+            self.close()
+            raise
         self._request_ids = itertools.count()
 
     def complete(self, prompt: str, params: SamplingParams) -> Iterator[str]:
@@ -42,7 +51,9 @@ class LocalModel:
         """Step the engine until the request ends; closing the iterator cancels it."""
         engine, tokenizer = self._parts.engine, self._parts.tokenizer
         request_id = f"cli-{next(self._request_ids)}"
-        request = make_request(tokenizer, prompt, self._parts.seeds.fill(params), request_id=request_id)
+        request = make_request(
+            tokenizer, prompt, self._parts.seeds.fill(params), request_id=request_id, adapter=self._adapter
+        )
         engine.add_request(request)
         output = output_text_of(tokenizer, prompt, params)
         try:
@@ -59,3 +70,5 @@ class LocalModel:
     def close(self) -> None:
         """Release the engine."""
         self._parts.engine.close()
+        if self._adapters is not None:
+            self._adapters.close()

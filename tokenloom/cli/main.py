@@ -60,7 +60,7 @@ Seed = Annotated[int, typer.Option("--sampling-seed", help="Seed of the sampler;
 
 
 @app.command()
-@configured(("model", "cache", "scheduler", "server", "runtime"), model_argument=True)
+@configured(("model", "cache", "scheduler", "adapters", "server", "runtime"), model_argument=True)
 def serve(*, config: Config) -> None:
     """Serve a model (the embedded one when none is named) through the OpenAI API."""
     # Imported here so that `tokenloom --help` does not wait for the web server; the same below.
@@ -79,12 +79,13 @@ def generate(
     temperature: Temperature = 0.0,
     sampling_seed: Seed = -1,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message.")] = False,
+    adapter: Annotated[str, typer.Option(metavar="DIRECTORY", help="Adapter over the model.")] = "",
 ) -> None:
     """Continue a text, in this process."""
     from tokenloom.cli.generate import run
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    run(config, text, sampling(max_tokens, temperature, sampling_seed), chat=chat)
+    run(config, text, sampling(max_tokens, temperature, sampling_seed), chat=chat, adapter=adapter)
 
 
 @app.command()

@@ -19,6 +19,8 @@ def default_text(entry: Knob) -> str:
     """The default as a user would write it; empty text for an empty string."""
     if entry.type is bool:
         return "on" if entry.default else "off"
+    if isinstance(entry.default, tuple):
+        return ", ".join(entry.default)
     return str(entry.default)
 
 
@@ -28,6 +30,8 @@ def _choice_type(entry: Knob) -> Any:
 
 def _parameter(entry: Knob, *, as_argument: bool) -> inspect.Parameter:
     kind = _choice_type(entry) if entry.choices else entry.type
+    if isinstance(entry.default, tuple):
+        kind = list[str]
     shown = default_text(entry)
     text = f"{entry.help} [{shown}]" if shown else entry.help
     info = (
@@ -73,7 +77,7 @@ def configured(
 
         def command(*args: Any, **given: Any) -> None:
             values = {entry.name: given.pop(entry.name) for entry in entries}
-            chosen = {name: value for name, value in values.items() if value is not None}
+            chosen = {name: value for name, value in values.items() if value is not None and value != []}
             config: Config = make_config(
                 {name: str(v) if isinstance(v, StrEnum) else v for name, v in chosen.items()},
                 file=given.pop("config_file"),

@@ -18,7 +18,10 @@ from tokenloom.api.app import create_app
 from tokenloom.cli.options import changed_from_default
 from tokenloom.config import Config
 from tokenloom.errors import EngineDead, InvalidParameter, TokenloomError
-from tokenloom.serving.model_directory import model_directory
+from tokenloom.serving.adapter_library import AdapterLibrary
+from tokenloom.serving.adapter_service import AdapterService
+from tokenloom.serving.assembly import open_library
+from tokenloom.serving.model_directory import model_name
 from tokenloom.serving.progress import ConsoleLoad
 from tokenloom.serving.supervisor import ProcessEngineClient
 
@@ -116,13 +119,16 @@ async def _announce(client: ProcessEngineClient, server: Server, url: str, has_k
     _say(curl_line(url, client.card.name, has_key=has_key))
 
 
-async def _serve(config: Config, listener: socket.socket) -> None:
+async def _serve(config: Config, library: AdapterLibrary, listener: socket.socket) -> None:
     progress = ConsoleLoad()
     client = ProcessEngineClient(
         config, on_loading=lambda event: progress.advance(event.stage, event.done, event.total)
     )
+    name = model_name(config.model.model, config.model.served_model_name)
+    adapters = AdapterService(client, library, model=name, options=config.adapters)
+    adapters.load_configured()
     settings = uvicorn.Config(
-        create_app(client, config),
+        create_app(client, config, adapters),
         log_config=None,
         access_log=False,
         lifespan="on",
@@ -155,10 +161,13 @@ def run(config: Config) -> None:
     changed = changed_from_default(config)
     if changed:
         _say("options: " + " ".join(f"{name}={value}" for name, value in changed.items()))
-    model_directory(config.model.model, config.model.revision)
-    listener = listen(config.server.host, config.server.port)
+    library = open_library(config)
     try:
-        asyncio.run(_serve(config, listener))
+        listener = listen(config.server.host, config.server.port)
+        try:
+            asyncio.run(_serve(config, library, listener))
+        finally:
+            listener.close()
     finally:
-        listener.close()
+        library.close()
     _say("stopped")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,7 @@ class AdapterSource(Protocol):
         """Rows of `slot` have the adapter, which lies in `pages`, from now on."""
 
     def unbind(self, slot: int, pages: NDArray[np.int32]) -> None:
-        """Nobody has `slot` any more; the pages go back."""
+        """Nobody has `slot` any more (-1: nobody ever had one); the pages, some of them filled, go back."""
 
     def forget(self, adapter: str) -> None:
         """Nobody will ask for the adapter again."""
@@ -58,6 +58,18 @@ class Residency:
     def is_cold(self) -> bool:
         """Whether nobody runs or waits with it."""
         return self.leases == 0 and self.waiters == 0
+
+
+class AdapterUse(NamedTuple):
+    """How an adapter is used now: its bytes in the pool, live requests, running sequences, and the seconds since one
+    started (-1: none since it came)."""
+
+    adapter: str
+    num_bytes: int
+    num_live: int
+    num_running: int
+    idle_seconds: float
+    pinned: bool
 
 
 @dataclass(slots=True)
@@ -102,20 +114,25 @@ class AdapterPool:
     # --- who may run -------------------------------------------------------------------------------------
 
     def check(self, adapter: str) -> int:
-        """Frames that the adapter takes. Raises `InvalidParameter` for one that is unknown or too large."""
+        """Frames that the adapter ("": none) and the pinned ones take. Raises `InvalidParameter` for one that is
+        unknown, or too large for the pool beside the pinned ones."""
+        pinned = [self.source.num_pages(other) for other in self.pinned if other != adapter]
+        per_frame = self.pages.pages_per_frame
+        frames = sum(-(-count // per_frame) for count in pinned)
         if not adapter:
-            return 0
+            return frames
         try:
             count = self.source.num_pages(adapter)
         except KeyError:
             raise InvalidParameter("adapter", adapter, "an adapter that is loaded") from None
-        frames = -(-count // self.pages.pages_per_frame)
-        if count > self.pages.max_pages or frames >= self.pages.pool.num_frames:
-            limit = min(self.pages.max_pages, (self.pages.pool.num_frames - 1) * self.pages.pages_per_frame)
+        limit = self.pages.max_pages - sum(pinned)
+        limit = min(limit, (self.pages.pool.num_frames - frames - 1) * per_frame)
+        if count > limit:
+            found, most = (f"{size * self.page_bytes >> 10} KiB" for size in (count, max(limit, 0)))
             raise InvalidParameter(
-                "adapter", f"{count * self.page_bytes} bytes", f"at most {limit * self.page_bytes} bytes"
+                "adapter", found, f"at most {most}, what memory for KV pages and pins leave"
             )
-        return frames
+        return frames + -(-count // per_frame)
 
     def is_ready(self, adapter: str) -> bool:
         """Whether sequences with the adapter can be admitted now."""
@@ -178,6 +195,20 @@ class AdapterPool:
     def revive(self, adapter: str) -> None:
         """The adapter is offered again."""
         self._retired.discard(adapter)
+
+    def uses(self, now: float) -> list[AdapterUse]:
+        """Every adapter that is resident, pinned, or has been asked for."""
+        names = {*self.resident, *self.pinned, *self.stats.requests}
+        return [self._use(name, now) for name in sorted(names)]
+
+    def _use(self, adapter: str, now: float) -> AdapterUse:
+        found = self.resident.get(adapter)
+        live, pinned = self.users.get(adapter, 0), adapter in self.pinned
+        if found is None:
+            return AdapterUse(adapter, 0, live, 0, -1.0, pinned)
+        idle = now - found.last_used if found.last_used >= 0 else -1.0
+        running = found.leases - pinned - (found.slot < 0)
+        return AdapterUse(adapter, len(found.pages) * self.page_bytes, live, running, idle, pinned)
 
     # --- coming ------------------------------------------------------------------------------------------
 
@@ -290,8 +321,9 @@ class AdapterPool:
         self.source.forget(adapter)
 
     def _remove(self, adapter: str, found: Residency) -> None:
-        if found.slot >= 0:
+        if found.num_copied or found.slot >= 0:
             self.source.unbind(found.slot, found.pages)
+        if found.slot >= 0:
             self._slots.append(found.slot)
         for page in found.pages.tolist():
             self.pages.free(page)

@@ -99,6 +99,11 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self.scheduler.live)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether `add_request` would not raise `QueueFull`."""
+        return len(self.scheduler.live) < self.max_running + self.limits.max_waiting
+
     def check_request(self, request: Request) -> None:
         """Raise the error that the client should see if this request can never be served."""
         params = request.params
@@ -127,13 +132,37 @@ class Engine:
         room = min(pages.max_pages, (pages.pool.num_frames - frames) * pages.pages_per_frame)
         return min(self.max_context, room * PAGE_SIZE)
 
+    def pin_adapter(self, adapter: str, on: bool) -> None:
+        """Keep the adapter in the pool from its next use on, or no longer.
+
+        Raises `InvalidParameter` for an unknown one, and where the pinned ones would not leave room for a sequence
+        of full length, or for one that is live.
+        """
+        pool = self.adapters
+        if not on or adapter in pool.pinned:
+            pool.pin(adapter, on)
+            return
+        pool.check(adapter)
+        pool.pin(adapter, on=True)
+        try:
+            fits = self._context_beside("") == self.max_context and all(
+                seq.max_length <= self._context_beside(seq.request.adapter)
+                for sequences in self.scheduler.live.values()
+                for seq in sequences
+            )
+        except InvalidParameter:
+            fits = False
+        if not fits:
+            pool.pin(adapter, on=False)
+            raise InvalidParameter("adapter", adapter, "small enough to stay in memory beside all requests")
+
     def add_request(self, request: Request) -> None:
         """Queue a request. Raises `QueueFull`, or `InvalidParameter` where it can never be served."""
         self.check_request(request)
         scheduler = self.scheduler
         if request.request_id in scheduler.live:
             raise InvalidParameter("request_id", request.request_id, "unique among live requests")
-        if len(scheduler.live) >= self.max_running + self.limits.max_waiting:
+        if not self.has_room:
             raise QueueFull(self.limits.max_waiting, 1.0)
         params = request.params
         if params.seed is None:

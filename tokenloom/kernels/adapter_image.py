@@ -11,8 +11,10 @@ crosses the end of a page, so that pages may lie anywhere. Ranks are not padded 
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +26,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenloom.errors import ModelError
-from tokenloom.kernels.program import Linear, Program
+from tokenloom.kernels.program import Embed, Linear, Program
 
 PAGE_BYTES: Final = 64 << 10
-"""Bytes of a page, unless a vector is longer: then the next power of two that holds it."""
+"""Least bytes of a page."""
+
+MAX_RANK: Final = 256
+"""Ranks that every page holds a panel of."""
 
 _PANEL: Final = 32
 _HALF: Final = 16
 _ALIGN: Final = 64
-_MAGIC: Final = b"tokenloom adapter image 1\n"
+_MAGIC: Final = b"tokenloom adapter image 2\n"
 _DTYPES: Final[dict[str, Any]] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -79,7 +84,8 @@ class Piece(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the vectors lie; offsets int64 count from the start of page 0. `embedding_rank` 0: none."""
+    """Where the vectors lie; offsets int64 count from the start of page 0. `embedding_rank` 0: none. `checksum` is
+    the CRC-32 of all pages."""
 
     dtype: str
     page_bytes: int
@@ -92,18 +98,30 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     embedding_scale: float = 0.0
     embedding_a: bytes = b""
     embedding_b: bytes = b""
+    checksum: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterImage:
-    """`pages` uint8 [num_pages, page_bytes], perhaps a view of a file."""
+    """`pages` uint8 [num_pages, page_bytes]; of a file that was opened, a view of its `mapping`."""
 
     layout: Layout
     pages: NDArray[np.uint8]
+    mapping: mmap.mmap | None = None
 
     @property
     def num_bytes(self) -> int:
         return self.layout.num_pages * self.layout.page_bytes
+
+    def is_sound(self) -> bool:
+        """Whether the pages are what was written. Reads them all."""
+        return zlib.crc32(self.pages.data) == self.layout.checksum
+
+    def will_need(self, first: int, count: int) -> None:
+        """Have the system read these pages of the file ahead, without waiting for it."""
+        if self.mapping is not None and count and hasattr(mmap, "MADV_WILLNEED"):
+            start = len(self.mapping) - self.num_bytes + first * self.layout.page_bytes
+            self.mapping.madvise(mmap.MADV_WILLNEED, start, count * self.layout.page_bytes)
 
     def save(self, path: Path) -> None:
         """Write the image to `path`, all or nothing. Raises OSError."""
@@ -135,12 +153,32 @@ class AdapterImage:
                 layout = msgspec.msgpack.decode(file.read(length), type=Layout)
                 start = -(-(len(_MAGIC) + 8 + length) // 4096) * 4096
                 count = layout.num_pages * layout.page_bytes
-                if min(layout.num_pages, layout.page_bytes) < 0 or start + count != size:
+                if layout.num_pages < 0 or layout.page_bytes < 1 or start + count != size:
                     raise ValueError(f"{size} bytes instead of {start + count}")
-            pages = np.memmap(path, np.uint8, "r", start, (layout.num_pages, layout.page_bytes))
+                mapping = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
+            pages = np.frombuffer(mapping, np.uint8, count, start).reshape(-1, layout.page_bytes)
         except (OSError, ValueError, msgspec.DecodeError) as error:
             raise ModelError(f"{path}: {error}", "an adapter image as it was written") from None
-        return cls(layout, pages)
+        return cls(layout, pages, mapping)
+
+
+def page_bytes_for(program: Program, dtype: str) -> int:
+    """Bytes of adapter pages for arithmetic in `dtype` (bfloat16; float32 for all others): the least power of two
+    from `PAGE_BYTES` in which each vector of an adapter of rank up to `MAX_RANK` fits."""
+    shapes = {spec.name: spec.shape for spec in program.weights}
+    longest = max(shapes[name][1] for name, _ in program.products())
+    longest = max(
+        longest, MAX_RANK * _PANEL, *(shapes[o.weight][1] for o in program.ops if isinstance(o, Embed))
+    )
+    page_bytes = PAGE_BYTES
+    while page_bytes < longest * np.dtype(_DTYPES[image_dtype(dtype)]).itemsize:
+        page_bytes *= 2
+    return page_bytes
+
+
+def image_dtype(dtype: str) -> str:
+    """The type of images for arithmetic in `dtype`."""
+    return dtype if dtype == "bfloat16" else "float32"
 
 
 def make_image(
@@ -149,12 +187,12 @@ def make_image(
     embedding: LowRankEmbedding | None,
     dtype: str,
     *,
-    frame_bytes: int,
+    page_bytes: int,
 ) -> AdapterImage:
-    """Lay out an adapter for arithmetic in `dtype` (float32 or bfloat16; numbers are rounded to it), in pages that
-    divide `frame_bytes`.
+    """Lay out an adapter for arithmetic in `dtype` (float32 or bfloat16; numbers are rounded to it) in pages of
+    `page_bytes`, as `page_bytes_for` gives them.
 
-    Raises `ModelError` for numbers that the type does not hold, and where a vector does not fit a frame.
+    Raises `ModelError` for numbers that the type does not hold, and for a vector that does not fit a page.
     """
     paired = dict(program.products())
     shapes = {spec.name: spec.shape for spec in program.weights}
@@ -173,18 +211,14 @@ def make_image(
         tokens = [_rounded(part, dtype, "embedding").T for part in (embedding.a, embedding.b)]
     item = np.dtype(_DTYPES[dtype]).itemsize
     longest = max((v.shape[1] * item for v in (*vectors, *tokens)), default=_ALIGN)
-    page_bytes = PAGE_BYTES
-    while page_bytes < longest:
-        page_bytes *= 2
-    if frame_bytes % page_bytes:
-        raise ModelError(
-            f"an adapter with a vector of {longest} bytes", f"frames of {frame_bytes} bytes, whole pages"
-        )
+    if longest > page_bytes:
+        raise ModelError(f"an adapter with a vector of {longest} bytes", f"pages of {page_bytes} bytes")
     placed = _Placer(page_bytes)
     offsets = [placed.put(v) for v in vectors]
     chunks, rows = _token_chunks(tokens, page_bytes)
     token_offsets = [placed.put(chunk[None]) for chunk in chunks]
     row_offsets = [placed.put(rows)] if len(rows) else []
+    data = placed.pages([*vectors, *(c[None] for c in chunks), *([rows] if len(rows) else [])])
     layout = Layout(
         dtype=dtype,
         page_bytes=page_bytes,
@@ -197,10 +231,9 @@ def make_image(
         embedding_scale=0.0 if embedding is None else float(embedding.scale),
         embedding_a=_joined(token_offsets),
         embedding_b=_joined(row_offsets),
+        checksum=zlib.crc32(data.data),
     )
-    return AdapterImage(
-        layout, placed.pages([*vectors, *(c[None] for c in chunks), *([rows] if len(rows) else [])])
-    )
+    return AdapterImage(layout, data)
 
 
 def product_numbers(program: Program) -> dict[str, int]:

@@ -17,6 +17,7 @@ from typing import cast
 
 from tokenloom.engine.batch import PAGE_SIZE
 from tokenloom.errors import InvalidParameter, OutOfMemory
+from tokenloom.kernels.adapter_image import page_bytes_for
 from tokenloom.kernels.backend import kv_page_bytes
 from tokenloom.kernels.native.packed_forms import Sources, WeightForm, expected_forms
 from tokenloom.kernels.native.sizes import form_bytes, hidden_bytes, step_bytes
@@ -30,6 +31,9 @@ from tokenloom.quantization.weights import num_groups
 
 FRAME_BYTES = 2 << 20
 """Bytes of one frame: the size of a huge page, so that a frame is one entry of the address tables."""
+
+_FRAME_UNIT = 256 << 10
+"""Frames that are larger, for larger KV pages, are multiples of this many bytes."""
 
 DEFAULT_KV_BYTES = 4 << 30
 """Most memory that KV pages take unless more is asked for."""
@@ -125,7 +129,9 @@ class MemoryPlan:
         """
         machine = machine or read_machine_memory()
         page_bytes = kv_page_bytes(program.kv, kv_dtype, kernels, PAGE_SIZE)
-        frame_bytes = max(FRAME_BYTES, page_bytes)
+        # A frame is also cut into whole pages of adapters.
+        unit = max(_FRAME_UNIT, page_bytes_for(program, dtype))
+        frame_bytes = -(-max(FRAME_BYTES, page_bytes) // unit) * unit
         pages_per_frame = frame_bytes // page_bytes
         if num_pages and kv_memory_bytes:
             raise InvalidParameter("kv_memory_mb", kv_memory_bytes >> 20, "left out where num_pages is given")

@@ -302,7 +302,7 @@ def check_weights(program: Program, checkpoint: WeightFiles) -> None:
     """
     problems: list[str] = []
     used: set[str] = set()
-    rows = _source_rows(program)
+    rows = source_rows(program)
     quantizable = {name for name, _ in program.products()} - program.routers()
     quantizable -= {op.weight for op in program.ops if isinstance(op, Embed)}
     for spec in program.weights:
@@ -406,9 +406,10 @@ def _is_present(spec: WeightSpec, checkpoint: WeightFiles) -> bool:
     return not spec.optional or any(checkpoint.source_tensors(source) for source in spec.sources)
 
 
-def _source_rows(program: Program) -> dict[str, tuple[int, ...]]:
-    """Rows of each source of a weight, where the program tells: a stack of three that feeds RoPE is q, k, v;
-    a stack of two under silu_mul is gate and up; one source is the whole. Else only the sum is checked."""
+def source_rows(program: Program) -> dict[str, tuple[int, ...]]:
+    """Rows of each source of a weight by the weight's name, where the program tells: a stack of three that feeds
+    RoPE is q, k, v; a stack of two under silu_mul is gate and up; one source is the whole. A weight whose split is
+    not known is left out."""
     specs = {spec.name: spec for spec in program.weights}
     result = {spec.name: spec.shape[:1] for spec in program.weights if len(spec.sources) == 1}
     attention = {op.source: op for op in program.ops if isinstance(op, RopeStore)}

@@ -16,6 +16,7 @@ from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
 from tokenloom.engine.policies.queue_order import QueueOrder
 from tokenloom.engine.policies.token_budget import choose_budget
 from tokenloom.errors import UnsupportedFeature
+from tokenloom.kernels.adapter_image import image_dtype, page_bytes_for
 from tokenloom.kernels.backend import Choice, Kernels, KVDtype, choose_kernels
 from tokenloom.kernels.native.extension import thread_pool
 from tokenloom.kernels.native.packed_forms import expected_forms
@@ -24,7 +25,9 @@ from tokenloom.kernels.native.weights import WeightPacker
 from tokenloom.models.loading import LoadedModel, ModelDescription, describe_model, load_model, resolve_dtype
 from tokenloom.models.memory_plan import MemoryPlan
 from tokenloom.models.weight_sources import roundings
+from tokenloom.runtime.adapter_host import AdapterFormat, AdapterHost
 from tokenloom.runtime.local import LocalExecutor
+from tokenloom.serving.adapter_library import AdapterLibrary
 from tokenloom.serving.client import ModelCard
 from tokenloom.serving.load_listener import LoadListener
 from tokenloom.serving.model_directory import model_directory, model_name
@@ -43,9 +46,11 @@ _PROFILE_RUNS: Final = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineParts:
-    """An engine and what belongs to it. `engine.close()` releases the executor and with it the memory."""
+    """An engine and what belongs to it. `engine.close()` releases the executor and with it the memory. `adapters`
+    None: the executor has none."""
 
     engine: Engine
+    adapters: AdapterHost | None = None
     tokenizer: Tokenizer
     card: ModelCard
     seeds: SeedSource
@@ -102,7 +107,8 @@ def build_engine(config: Config, listener: LoadListener) -> EngineParts:
     )
     # The executor holds what it needs; what it packed for itself need not be kept twice.
     model.weights.clear()
-    limits = _limits(config, model, plan, executor, max_running)
+    adapters = AdapterHost(executor.backend, adapter_format(described, formats))
+    limits = _limits(config, model, plan, executor, max_running, adapters.format)
     if scheduler.target_itl_ms > 0:
         budget = _measured_budget(
             executor, min(limits.max_context, plan.num_tokens), budget, scheduler.target_itl_ms
@@ -113,9 +119,28 @@ def build_engine(config: Config, listener: LoadListener) -> EngineParts:
         budget=budget,
         order=QueueOrder(scheduler.policy, scheduler.age_bound_s),
         stop_checkers=make_stop_checker(tokenizer),
+        adapters=adapters,
     )
     card = _card(config, model, executor, engine)
-    return EngineParts(engine=engine, tokenizer=tokenizer, card=card, seeds=SeedSource(config.runtime.seed))
+    seeds = SeedSource(config.runtime.seed)
+    return EngineParts(engine=engine, adapters=adapters, tokenizer=tokenizer, card=card, seeds=seeds)
+
+
+def adapter_format(described: ModelDescription, formats: Formats) -> AdapterFormat:
+    """What adapters must be packed for, so that the engine takes them."""
+    return AdapterFormat(image_dtype(formats.dtype), page_bytes_for(described.program, formats.dtype))
+
+
+def open_library(config: Config) -> AdapterLibrary:
+    """The adapters of a process under `config`, packed for the engine that it would build. No weight is read.
+    Raises `ModelError`, `InvalidParameter` or `UnsupportedFeature`."""
+    directory = model_directory(config.model.model, config.model.revision)
+    described = describe_model(directory, max_context=config.model.max_context, weights=config.model.weights)
+    form = adapter_format(described, choose_formats(config, described, choose_ops(config)))
+    options = config.adapters
+    return AdapterLibrary(
+        directory, described.program, form, data_dir=options.data_dir, max_rank=options.max_adapter_rank
+    )
 
 
 def choose_ops(config: Config) -> Choice:
@@ -178,7 +203,12 @@ def _load(
 
 
 def _limits(
-    config: Config, model: LoadedModel, plan: MemoryPlan, executor: LocalExecutor, max_running: int
+    config: Config,
+    model: LoadedModel,
+    plan: MemoryPlan,
+    executor: LocalExecutor,
+    max_running: int,
+    adapters: AdapterFormat,
 ) -> EngineLimits:
     return EngineLimits(
         vocab_size=model.config.vocab_size,
@@ -189,6 +219,10 @@ def _limits(
         max_waiting=config.scheduler.max_waiting,
         eos_token_ids=model.config.eos_token_ids,
         identity=(model.identity, executor.numerics_id),
+        adapter_pages_per_frame=plan.frame_bytes // adapters.page_bytes,
+        adapter_page_bytes=adapters.page_bytes,
+        max_adapter_bytes=config.adapters.max_adapter_mb << 20,
+        admission=config.scheduler.admission,
         prefix_cache=config.cache.prefix_cache,
         debug=config.runtime.debug,
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
+from tokenloom.engine.adapter_pool import AdapterUse
 from tokenloom.engine.plan import StepRecord
 from tokenloom.engine.request import Request, SequenceDelta
 from tokenloom.text.tokenizer import Tokenizer
@@ -32,6 +34,26 @@ class ModelCard:
     matryoshka: tuple[int, ...] | None = None
 
 
+class AdapterControl(Protocol):
+    """Tells the engine of adapters, and each engine after it; by content id."""
+
+    def expect(self, content_id: str, image: Path) -> None:
+        """Have each engine to come told of the adapter whose image is at `image`."""
+
+    async def load(self, content_id: str, image: Path) -> None:
+        """Let requests have the adapter whose image is at `image`. Raises what the engine found wrong with it, or
+        `EngineDead`; it is then unknown as before."""
+
+    async def pin(self, content_id: str, on: bool) -> None:
+        """Keep the adapter in the pool, or no longer. Raises as `Engine.pin_adapter`, or `EngineDead`."""
+
+    def retire(self, content_id: str) -> None:
+        """No request will have the adapter any more."""
+
+    async def uses(self) -> list[AdapterUse]:
+        """How the engine uses its adapters now. Raises `EngineDead`."""
+
+
 class EngineClient(Protocol):
     """An engine as the API process sees it."""
 
@@ -52,6 +74,10 @@ class EngineClient(Protocol):
     @property
     def num_restarts(self) -> int:
         """Times that a dead engine was started again."""
+
+    @property
+    def adapters(self) -> AdapterControl:
+        """What the engine is told of adapters."""
 
     def generate(self, request: Request) -> AsyncIterator[SequenceDelta]:
         """Serve one request; the iterator ends after the delta with `last`.

@@ -143,7 +143,9 @@ def _serve(wire: Wire, config: Config, build: Callable[[Config, LoadListener], E
         log.exception("the engine cannot be built")
         wire.emit(Fatal(error_body(error), retry=True))
         return 2
-    loop = StepLoop(parts.engine, lambda block: _receive(wire, loop, block), wire.emit, parts.seeds)
+    loop = StepLoop(
+        parts.engine, lambda block: _receive(wire, loop, block), wire.emit, parts.seeds, parts.adapters
+    )
     signal.signal(signal.SIGTERM, lambda number, frame: setattr(loop, "stopping", True))
     wire.emit(Ready(parts.card))
     try:

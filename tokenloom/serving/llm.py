@@ -8,8 +8,9 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Final, NamedTuple
 
@@ -19,6 +20,7 @@ from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import InvalidParameter, TokenloomError
 from tokenloom.serving.assembly import EngineParts, build_engine
 from tokenloom.serving.client import ModelCard
+from tokenloom.serving.local_adapters import LocalAdapters
 from tokenloom.serving.outputs import Collected, EmbeddingRequestOutput, RequestOutput
 from tokenloom.serving.progress import ConsoleLoad, RequestBar
 from tokenloom.serving.requests import check_dimensions, embedding_request, make_request, num_kept
@@ -33,8 +35,15 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
 """One chat message: {"role": ..., "content": ...}."""
 
+AdapterChoice = str | Path | None
+"""The name of an adapter, the directory of one, or None for the model itself."""
+
 BAR_FROM: Final = 8
 """Lists of at least this many prompts show a progress bar."""
+
+
+_Asked = tuple[Request, str | None]
+"""A request, and the text of its prompt if it has one."""
 
 
 class _Tokenized(NamedTuple):
@@ -73,6 +82,11 @@ class LLM:
         self._turn = threading.Lock()
         self._token_texts: dict[int, str] = {}
         self._closed = False
+        try:
+            self._adapters = LocalAdapters(config, parts)
+        except BaseException:
+            parts.engine.close()
+            raise
 
     @property
     def card(self) -> ModelCard:
@@ -99,18 +113,20 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: AdapterChoice | Sequence[AdapterChoice] = None,
         progress: bool | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Complete the prompts; the results are in their order.
 
-        `sampling_params` is one for all or one for each (None: the model's defaults). `progress` draws a bar
+        `sampling_params` is one for all or one for each (None: the model's defaults), and so is `adapter`: the
+        name of one, its directory, or None for the model itself. `progress` draws a bar
         for 8 prompts and more (None: where stderr is a terminal); `use_tqdm=False`, as in vLLM, draws none.
         Every request is checked before any is added: `InvalidParameter` or `ContextLengthExceeded` leaves
         the engine as it was. Ctrl-C cancels what runs after the step in flight.
         """
         tokenized = self._tokenize(_prompt_list(prompts), True)
-        return self._generate(tokenized, sampling_params, progress if use_tqdm else False)
+        return self._generate(tokenized, sampling_params, adapter, progress if use_tqdm else False)
 
     def chat(
         self,
@@ -119,6 +135,7 @@ class LLM:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        adapter: AdapterChoice | Sequence[AdapterChoice] = None,
         progress: bool | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
@@ -140,7 +157,37 @@ class LLM:
                     continue_final_message=continue_final_message,
                 )
             )
-        return self._generate(self._tokenize(texts, False), sampling_params, progress if use_tqdm else False)
+        tokenized = self._tokenize(texts, False)
+        return self._generate(tokenized, sampling_params, adapter, progress if use_tqdm else False)
+
+    # --- adapters ----------------------------------------------------------------------------------------
+
+    def load_adapter(self, name: str, directory: str | Path) -> None:
+        """Let `name` stand for the adapter that peft saved in `directory`, from the next call on.
+
+        A name that stands for another one already is given to this. Raises `ModelError` for an adapter that
+        cannot be served, and `InvalidParameter` for a bad name or too little memory; nothing has changed then.
+        """
+        with self._open_turn():
+            self._adapters.load(name, directory)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises `InvalidParameter` for an unknown name."""
+        with self._open_turn():
+            self._adapters.unload(name)
+
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the loaded adapters, sorted."""
+        return self._adapters.names()
+
+    @contextmanager
+    def _open_turn(self) -> Iterator[None]:
+        with self._turn:
+            if self._closed:
+                raise TokenloomError("this LLM is closed")
+            yield
+
+    # --- requests ----------------------------------------------------------------------------------------
 
     def embed(
         self,
@@ -149,6 +196,7 @@ class LLM:
         pooling: Pooling | None = None,
         normalize: bool = True,
         dimensions: int | None = None,
+        adapter: AdapterChoice | Sequence[AdapterChoice] = None,
         truncate_prompt_tokens: int | None = None,
         add_special_tokens: bool = True,
         progress: bool | None = None,
@@ -167,13 +215,21 @@ class LLM:
             pooling = self.config.model.pooling_type
         keep = num_kept(truncate_prompt_tokens, self.card)
         tokenized = self._tokenize(_prompt_list(prompts), add_special_tokens, keep)
-        requests = [
-            (
-                embedding_request(prompt.token_ids, pooling, request_id=str(next(self._request_ids))),
-                prompt.text,
-            )
-            for prompt in tokenized
-        ]
+        kind = pooling
+        chosen = _adapter_list(adapter, len(tokenized))
+
+        def requests() -> list[_Asked]:
+            contents = {one: self._adapters.resolve(one) for one in set(chosen)}
+            return [
+                (
+                    embedding_request(
+                        prompt.token_ids, kind, request_id=str(next(self._request_ids)), adapter=contents[one]
+                    ),
+                    prompt.text,
+                )
+                for prompt, one in zip(tokenized, chosen, strict=True)
+            ]
+
         collected = self._serve(requests, progress if use_tqdm else False)
         return [entry.embedding(normalize=normalize, dimensions=dimensions) for entry in collected]
 
@@ -193,29 +249,38 @@ class LLM:
         self,
         prompts: list[_Tokenized],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        adapter: AdapterChoice | Sequence[AdapterChoice],
         progress: bool | None,
     ) -> list[RequestOutput]:
         params = self._params_list(sampling_params, len(prompts))
+        chosen = _adapter_list(adapter, len(prompts))
         tokenizer = self._parts.tokenizer
-        requests = [
-            (
-                make_request(tokenizer, prompt.token_ids, own, request_id=str(next(self._request_ids))),
-                prompt.text,
-            )
-            for prompt, own in zip(prompts, params, strict=True)
-        ]
+
+        def requests() -> list[_Asked]:
+            contents = {one: self._adapters.resolve(one) for one in set(chosen)}
+            return [
+                (
+                    make_request(
+                        tokenizer,
+                        prompt.token_ids,
+                        own,
+                        request_id=str(next(self._request_ids)),
+                        adapter=contents[one],
+                    ),
+                    prompt.text,
+                )
+                for prompt, own, one in zip(prompts, params, chosen, strict=True)
+            ]
+
         collected = self._serve(requests, progress)
         return [entry.output(tokenizer, self._decode_token) for entry in collected]
 
-    def _serve(
-        self, requests: Sequence[tuple[Request, str | None]], progress: bool | None
-    ) -> Iterable[Collected]:
-        """Run requests (each with the text of its prompt, if it has one) to their end, in one turn."""
-        with self._turn:
-            if self._closed:
-                raise TokenloomError("this LLM is closed")
+    def _serve(self, requests: Callable[[], Sequence[_Asked]], progress: bool | None) -> Iterable[Collected]:
+        """Run requests (each with the text of its prompt, if it has one) to their end, in one turn, in which they
+        are made."""
+        with self._open_turn():
             collected: dict[str, Collected] = {}
-            for request, text in requests:
+            for request, text in requests():
                 self._parts.engine.check_request(request)
                 collected[request.request_id] = Collected(request, text)
             for entry in collected.values():
@@ -230,7 +295,7 @@ class LLM:
         try:
             with _deferred_interrupt() as interrupted, bar:
                 while (queued or engine.has_work) and not interrupted:
-                    while queued and len(engine.scheduler.waiting) < engine.limits.max_waiting:
+                    while queued and engine.has_room:
                         engine.add_request(queued.popleft())
                     num_ended = num_tokens = 0
                     for delta in engine.step():
@@ -275,6 +340,7 @@ class LLM:
             if not self._closed:
                 self._closed = True
                 self._parts.engine.close()
+                self._adapters.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -293,6 +359,15 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if items and not hasattr(items[0], "__len__"):
         return [items]
     return items
+
+
+def _adapter_list(given: AdapterChoice | Sequence[AdapterChoice], count: int) -> list[AdapterChoice]:
+    """The adapter of each of `count` prompts."""
+    if given is None or isinstance(given, (str, Path)):
+        return [given] * count
+    if not isinstance(given, Sequence) or len(given) != count:
+        raise InvalidParameter("adapter", given, f"one, or one for each of {count} prompts")
+    return list(given)
 
 
 def _text_or_ids(prompt: Prompt) -> tuple[str | None, list[int] | None]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tokenloom.engine.engine import Engine
+from tokenloom.runtime.adapter_host import AdapterHost
 from tokenloom.serving.client import ModelCard
 from tokenloom.serving.messages import Command, Event, Shutdown
 from tokenloom.serving.requests import SeedSource
@@ -30,14 +31,20 @@ class ThreadEngineClient(StreamingClient):
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, card: ModelCard, *, seeds: SeedSource | None = None
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        card: ModelCard,
+        *,
+        seeds: SeedSource | None = None,
+        adapters: AdapterHost | None = None,
     ) -> None:
         super().__init__()
         self._tokenizer = tokenizer
         self._card = card
         self._engine = engine
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._step_loop = StepLoop(engine, self._receive, self._emit, seeds)
+        self._step_loop = StepLoop(engine, self._receive, self._emit, seeds, adapters)
         self._thread = threading.Thread(target=self._run, name="tokenloom-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -49,6 +56,7 @@ class ThreadEngineClient(StreamingClient):
     async def start(self) -> None:
         """Start the thread; the engine is ready at once. Events go to the running asyncio loop."""
         self._loop = asyncio.get_running_loop()
+        self.adapters.tell_again()
         self._thread.start()
         self._set_state("ready")
 

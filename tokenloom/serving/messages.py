@@ -2,7 +2,9 @@
 
 ```
 API process  -- Add, Cancel, Shutdown -------------------------------->  engine process
+API process  -- LoadAdapter, RetireAdapter, PinAdapter, ReportAdapters ->  engine process
 API process  <-- Loading, Ready, Stepped, RequestFailed, Fatal --------  engine process
+API process  <-- AdapterDone, AdapterFailed ---------------------------  engine process
 ```
 One message is one frame. All deltas of a step ride in one `Stepped`.
 """
@@ -13,6 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
+from tokenloom.engine.adapter_pool import AdapterUse
 from tokenloom.engine.plan import StepRecord
 from tokenloom.engine.request import Request, SequenceDelta
 from tokenloom.errors import (
@@ -59,6 +62,34 @@ class Cancel(msgspec.Struct, tag="cancel", array_like=True, frozen=True):
     request_id: str
 
 
+class LoadAdapter(msgspec.Struct, tag="load_adapter", array_like=True, frozen=True):
+    """Requests may have the adapter of this content from now on; its image is the file at `path`."""
+
+    ticket: int
+    content_id: str
+    path: str
+
+
+class RetireAdapter(msgspec.Struct, tag="retire_adapter", array_like=True, frozen=True):
+    """No new request will have the adapter; unknown ones are ignored."""
+
+    content_id: str
+
+
+class PinAdapter(msgspec.Struct, tag="pin_adapter", array_like=True, frozen=True):
+    """Keep the adapter in the pool once it is there, or no longer."""
+
+    ticket: int
+    content_id: str
+    on: bool
+
+
+class ReportAdapters(msgspec.Struct, tag="report_adapters", array_like=True, frozen=True):
+    """Say how the adapters are used."""
+
+    ticket: int
+
+
 class Shutdown(msgspec.Struct, tag="shutdown", array_like=True, frozen=True):
     """Stop after the step in flight."""
 
@@ -91,6 +122,21 @@ class RequestFailed(msgspec.Struct, tag="request_failed", array_like=True, froze
     error: ErrorBody
 
 
+class AdapterDone(msgspec.Struct, tag="adapter_done", array_like=True, frozen=True):
+    """The command with this ticket was carried out; `uses` answers `ReportAdapters`."""
+
+    ticket: int
+    uses: list[AdapterUse] = []
+
+
+class AdapterFailed(msgspec.Struct, tag="adapter_failed", array_like=True, frozen=True):
+    """The command with this ticket changed nothing, for this reason."""
+
+    ticket: int
+    content_id: str
+    error: ErrorBody
+
+
 class Fatal(msgspec.Struct, tag="fatal", array_like=True, frozen=True):
     """The engine process ends. `retry` False: it would end the same way again (a bad checkpoint)."""
 
@@ -98,8 +144,8 @@ class Fatal(msgspec.Struct, tag="fatal", array_like=True, frozen=True):
     retry: bool
 
 
-Command = Add | Cancel | Shutdown
-Event = Loading | Ready | Stepped | RequestFailed | Fatal
+Command = Add | Cancel | LoadAdapter | RetireAdapter | PinAdapter | ReportAdapters | Shutdown
+Event = Loading | Ready | Stepped | RequestFailed | AdapterDone | AdapterFailed | Fatal
 
 _encoder = msgspec.msgpack.Encoder()
 _command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)

@@ -22,8 +22,9 @@ def make_request(
     priority: int = 0,
     tenant: str = "",
     program_id: str = "",
+    adapter: str = "",
 ) -> Request:
-    """The request for a tokenised prompt, with `params.bad_words` resolved to token ids.
+    """The request for a tokenised prompt, with `params.bad_words` resolved to token ids; `adapter` is a content id.
 
     Raises `InvalidParameter` for a bad word that has no tokens. Limits that depend on the engine are checked
     by `Engine.check_request`.
@@ -35,6 +36,7 @@ def make_request(
         priority=priority,
         tenant=tenant,
         program_id=program_id,
+        adapter=adapter,
         bad_word_ids=tuple(bad_word_ids(tokenizer, params.bad_words)) if params.bad_words else (),
     )
 
@@ -50,14 +52,16 @@ def embedding_request(
     request_id: str,
     priority: int = 0,
     tenant: str = "",
+    adapter: str = "",
 ) -> Request:
-    """The request for the embedding of a tokenised prompt."""
+    """The request for the embedding of a tokenised prompt; `adapter` is a content id, or "" for the base."""
     return Request(
         request_id=request_id,
         prompt_token_ids=list(prompt_token_ids),
         params=EMBEDDING_PARAMS,
         priority=priority,
         tenant=tenant,
+        adapter=adapter,
         pooling=pooling,
     )
 

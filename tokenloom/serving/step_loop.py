@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Final
 
 from tokenloom.engine.engine import Engine
@@ -12,14 +13,21 @@ from tokenloom.engine.plan import StepRecord
 from tokenloom.engine.request import SequenceDelta, StopChecker, StopCheckerFactory
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import InvalidParameter, TokenloomError
+from tokenloom.runtime.adapter_host import AdapterHost, offer_adapter
 from tokenloom.serving.messages import (
     MAX_FRAME_BYTES,
+    AdapterDone,
+    AdapterFailed,
     Add,
     Cancel,
     Command,
     Event,
+    LoadAdapter,
+    PinAdapter,
     ProtocolError,
+    ReportAdapters,
     RequestFailed,
+    RetireAdapter,
     Shutdown,
     Stepped,
     error_body,
@@ -70,8 +78,8 @@ class StepLoop:
     """Drives one engine.
 
     `receive(block)` returns the commands that have arrived; with `block` it may wait for some time first.
-    `emit` carries an event away and never blocks. An error of one request ends only that request;
-    an exception out of a step leaves `run`.
+    `emit` carries an event away and never blocks. `adapters` is the engine's source of them, if it has one. An
+    error of one request ends only that request; an exception out of a step leaves `run`.
     """
 
     def __init__(
@@ -80,8 +88,10 @@ class StepLoop:
         receive: Callable[[bool], Iterable[Command]],
         emit: Callable[[Event], None],
         seeds: SeedSource | None = None,
+        adapters: AdapterHost | None = None,
     ) -> None:
         self.engine = engine
+        self.adapters = adapters
         self.stopping = False
         self.num_problems = 0
         self._receive = receive
@@ -115,8 +125,28 @@ class StepLoop:
                 self._fail(request.request_id, error)
         elif isinstance(command, Cancel):
             self.engine.cancel(command.request_id)
+        elif isinstance(command, RetireAdapter):
+            self.engine.adapters.retire(command.content_id)
+        elif isinstance(command, ReportAdapters):
+            self._emit(AdapterDone(command.ticket, self.engine.adapters.uses(self.engine.clock.now())))
         elif isinstance(command, Shutdown):
             self.stopping = True
+        else:
+            self._handle_adapter(command)
+
+    def _handle_adapter(self, command: LoadAdapter | PinAdapter) -> None:
+        try:
+            if isinstance(command, LoadAdapter):
+                offer_adapter(self.engine, self.adapters, command.content_id, Path(command.path))
+            else:
+                self.engine.pin_adapter(command.content_id, command.on)
+        except Exception as error:
+            body = error_body(error)
+            if body.kind == "internal":
+                log.error("adapter %s failed", command.content_id, exc_info=error)
+            self._emit(AdapterFailed(command.ticket, command.content_id, body))
+        else:
+            self._emit(AdapterDone(command.ticket))
 
     def _step(self) -> None:
         deltas = self.engine.step()

@@ -16,9 +16,12 @@ from tokenloom.engine.plan import StepRecord
 from tokenloom.engine.request import Request, SequenceDelta
 from tokenloom.errors import EngineDead, InvalidParameter, QueueFull, TokenloomError
 from tokenloom.serving.client import EngineState, ModelCard, StepObserver
+from tokenloom.serving.engine_adapters import EngineAdapters
 from tokenloom.serving.journal import Journal, JournalEntry
 from tokenloom.serving.messages import (
     MAX_REQUEST_ID_CHARS,
+    AdapterDone,
+    AdapterFailed,
     Add,
     Cancel,
     Command,
@@ -43,6 +46,7 @@ class StreamingClient(ABC):
 
     def __init__(self) -> None:
         self.journal = Journal()
+        self.adapters = EngineAdapters(self._send, lambda: "" if self._state == "ready" else self._why_not())
         self.num_restarts = 0
         self._state: EngineState = "loading"
         self._card: ModelCard | None = None
@@ -157,6 +161,8 @@ class StreamingClient(ABC):
             stream = self._streams.get(event.request_id)
             if stream is not None and self.journal.drop(event.request_id):
                 stream.put_nowait(rebuild_error(event.error))
+        elif isinstance(event, (AdapterDone, AdapterFailed)):
+            self.adapters.take(event)
 
     def _observe(self, observer: StepObserver, records: list[StepRecord]) -> None:
         try:
@@ -169,6 +175,7 @@ class StreamingClient(ABC):
     def _fail_all(self, reason: str, keep: Callable[[JournalEntry], bool] = lambda entry: False) -> None:
         """End every request in flight with `EngineDead`, saying how far each had come, but those that `keep`
         is true of."""
+        self.adapters.fail_all(reason)
         for entry in self.journal.drop_all(keep):
             stream = self._streams.get(entry.request.request_id)
             if stream is not None:

@@ -38,6 +38,7 @@ from tokenloom.serving.messages import (
     Loading,
     ProtocolError,
     Ready,
+    RetireAdapter,
     decode_event,
     encode,
 )
@@ -123,8 +124,9 @@ class ProcessEngineClient(StreamingClient):
             try:
                 self._socket.send(frame, zmq.NOBLOCK)
             except zmq.Again:
-                # The peer is gone and its death not noticed yet; nothing is left to cancel there.
-                if isinstance(command, Cancel):
+                # The peer is gone and its death not noticed yet; nothing is left to cancel there, and the next
+                # one will be told of adapters.
+                if isinstance(command, (Cancel, RetireAdapter)):
                     return
                 raise EngineDead("the engine process has just ended") from None
             finally:
@@ -267,6 +269,7 @@ class ProcessEngineClient(StreamingClient):
     def _take(self, event: Event) -> None:
         if isinstance(event, Ready):
             self._card = event.card
+            self.adapters.tell_again()
             if self._state != "stopped":
                 self._set_state("ready")
                 self._start_again()

@@ -1,0 +1,349 @@
+"""The adapters that a server offers: their names, who uses which, and how they come and go while it runs.
+
+A name stands for one content at a time. A request leases the content that its name stands for when it starts, and
+keeps it to its end, whatever becomes of the name; the engine forgets a content when no name and no lease has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
+
+from tokenloom.adapters.registry import RegisteredAdapter
+from tokenloom.adapters.watch import Scan, changes, scan
+from tokenloom.config import AdapterOptions
+from tokenloom.engine.adapter_pool import AdapterUse
+from tokenloom.errors import EngineDead, InvalidParameter, ModelError, TokenloomError, UnsupportedFeature
+from tokenloom.serving.adapter_library import (
+    AdapterLibrary,
+    PreparedAdapter,
+    check_adapter_name,
+    split_option,
+)
+from tokenloom.serving.client import EngineClient
+
+log = logging.getLogger(__name__)
+
+WATCH_SECONDS: Final = 2.0
+REPORT_SECONDS: Final = 2.0
+"""How long an engine that is in the middle of a step may take to say what it holds."""
+
+_NICENESS: Final = 10
+
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True)
+class ServedAdapter:
+    """A name and its content. `last_used` is in seconds since 1970, 0 for never."""
+
+    entry: RegisteredAdapter
+    prepared: PreparedAdapter
+    pinned: bool = False
+    num_requests: int = 0
+    last_used: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def content_id(self) -> str:
+        return self.entry.content_id
+
+
+class AdapterReport(NamedTuple):
+    """A served adapter and how the engine uses its content (None: the engine did not say, or has not met it)."""
+
+    served: ServedAdapter
+    use: AdapterUse | None
+
+
+class AdapterLease:
+    """The content that one request has; "" for the base model. `release` may be called more than once."""
+
+    def __init__(self, content_id: str, release: Callable[[str], None]) -> None:
+        self.content_id = content_id
+        self._release = release
+        self._held = bool(content_id)
+
+    def release(self) -> None:
+        if self._held:
+            self._held = False
+            self._release(self.content_id)
+
+
+NO_ADAPTER: Final = AdapterLease("", lambda content_id: None)
+"""That of requests to the base model."""
+
+
+class AdapterService:
+    """Adapters over the model that is called `model`, in the engine of `client`.
+
+    `library` None: there are none, and none can be loaded. All methods but `load_configured` run on one asyncio
+    loop; files are read and packed by one thread of low priority.
+    """
+
+    def __init__(
+        self, client: EngineClient, library: AdapterLibrary | None, *, model: str, options: AdapterOptions
+    ) -> None:
+        self._client = client
+        self._library = library
+        self._model = model
+        self._options = options
+        self._served: dict[str, ServedAdapter] = {}
+        self._leases: Counter[str] = Counter()
+        self._turn = asyncio.Lock()
+        self._worker = ThreadPoolExecutor(1, "tokenloom-adapters", initializer=_be_nice)
+        self._uses: dict[str, AdapterUse] = {}
+        self._known: Scan = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- who there is ------------------------------------------------------------------------------------
+
+    def names(self) -> tuple[str, ...]:
+        """The names, sorted."""
+        return tuple(sorted(self._served))
+
+    def find(self, model: str) -> ServedAdapter | None:
+        """What a request means by `model`: the name of an adapter, alone or behind that of the model and ':'."""
+        return self._served.get(model.removeprefix(f"{self._model}:"))
+
+    def lease(self, name: str) -> AdapterLease:
+        """The content that `name` stands for now, for one request. Raises KeyError for an unknown name."""
+        served = self._served[name]
+        served.num_requests += 1
+        served.last_used = time.time()
+        self._leases[served.content_id] += 1
+        return AdapterLease(served.content_id, self._release)
+
+    async def report(self) -> list[AdapterReport]:
+        """All adapters by name; where the engine does not answer, as it said last."""
+        if self._served:
+            with contextlib.suppress(EngineDead, TimeoutError):
+                async with asyncio.timeout(REPORT_SECONDS):
+                    self._uses = {use.adapter: use for use in await self._client.adapters.uses()}
+        return [
+            AdapterReport(self._served[name], self._uses.get(self._served[name].content_id))
+            for name in self.names()
+        ]
+
+    # --- coming and going --------------------------------------------------------------------------------
+
+    def load_configured(self) -> None:
+        """Load what was served before, the adapters of the options, and those of the watched directory; the engine
+        is told when it starts. Raises for one that was named in the options; others are reported and left out."""
+        library = self._library
+        if library is None:
+            return
+        for entry, prepared in library.restore_all().values():
+            self._served[entry.name] = ServedAdapter(entry, prepared)
+        for name, directory in map(split_option, self._options.adapter):
+            self._take(library, name, directory)
+        if self._options.adapter_dir:
+            self._known = scan(self._options.adapter_dir)
+            for name in self._known:
+                with _reported(name):
+                    self._take(library, name, self._watched(name))
+            for name in self.names():
+                if self._is_watched(name) and name not in self._known:
+                    library.registry.remove(name)
+                    del self._served[name]
+        for served in self._served.values():
+            self._client.adapters.expect(served.content_id, served.prepared.image)
+
+    def _take(self, library: AdapterLibrary, name: str, directory: str) -> None:
+        check_adapter_name(name, self._model)
+        prepared, base = library.prepare(directory)
+        self._served[name] = ServedAdapter(_register(library, name, prepared, directory, base), prepared)
+
+    async def load(self, name: str, directory: str | Path, *, replace: bool = True) -> ServedAdapter:
+        """Let `name` stand for the adapter in `directory`, from the next request on.
+
+        Raises as `AdapterLibrary.prepare`; `InvalidParameter` for a bad name, one that is taken unless it may be
+        replaced, and too little memory; `EngineDead`. Nothing has changed then.
+        """
+        library = self._need_library()
+        async with self._turn:
+            before = self._served.get(name)
+            if before is not None and not replace:
+                raise InvalidParameter("adapter name", name, "one that is not taken")
+            check_adapter_name(name, self._model)
+            prepared, base = await self._in_worker(library.prepare, directory)
+            try:
+                if not self._is_held(prepared.content_id):
+                    await self._client.adapters.load(prepared.content_id, prepared.image)
+                entry = await self._in_worker(_register, library, name, prepared, directory, base)
+            except BaseException:
+                await self._drop(prepared.content_id)
+                raise
+            served = self._served[name] = ServedAdapter(entry, prepared)
+            log.info(
+                "adapter %s is %s, of rank %d, from %s", name, entry.content_id, prepared.rank, directory
+            )
+            if before is not None:
+                served.num_requests, served.last_used = before.num_requests, before.last_used
+                await self._leave(before)
+                if before.pinned:
+                    with _reported(name):
+                        await self._set_pin(served, on=True)
+            return served
+
+    async def unload(self, name: str) -> None:
+        """Forget the name. Raises KeyError for an unknown one."""
+        library = self._need_library()
+        async with self._turn:
+            served = self._served[name]
+            await self._in_worker(library.registry.remove, name)
+            del self._served[name]
+            log.info("adapter %s is not served any more", name)
+            await self._leave(served)
+
+    async def pin(self, name: str, on: bool) -> None:
+        """Keep the adapter in memory from its next use on, or no longer. Raises KeyError for an unknown name,
+        `InvalidParameter` where there is no room, and `EngineDead`."""
+        async with self._turn:
+            await self._set_pin(self._served[name], on)
+
+    async def _set_pin(self, served: ServedAdapter, on: bool) -> None:
+        if not self._is_pinned_by_others(served):
+            await self._client.adapters.pin(served.content_id, on)
+        served.pinned = on
+
+    def _is_pinned_by_others(self, served: ServedAdapter) -> bool:
+        return any(
+            other.pinned and other is not served and other.content_id == served.content_id
+            for other in self._served.values()
+        )
+
+    async def _leave(self, served: ServedAdapter) -> None:
+        """A name has given its content up."""
+        if served.pinned and not self._is_pinned_by_others(served):
+            # An engine that is not there has nothing pinned, and the next one will be told less.
+            with contextlib.suppress(EngineDead):
+                await self._client.adapters.pin(served.content_id, on=False)
+        await self._drop(served.content_id)
+
+    def _is_held(self, content_id: str) -> bool:
+        return self._leases[content_id] > 0 or any(s.content_id == content_id for s in self._served.values())
+
+    async def _drop(self, content_id: str) -> None:
+        """Forget a content if it was held no longer. The turn must be taken: nobody is about to hold it then."""
+        if self._library is not None and not self._is_held(content_id):
+            self._client.adapters.retire(content_id)
+            with _reported(content_id):
+                await self._in_worker(self._library.discard, content_id)
+
+    def _release(self, content_id: str) -> None:
+        self._leases[content_id] -= 1
+        if not self._leases[content_id]:
+            del self._leases[content_id]
+            if not self._is_held(content_id):
+                self._start(self._drop_in_turn(content_id))
+
+    async def _drop_in_turn(self, content_id: str) -> None:
+        async with self._turn:
+            await self._drop(content_id)
+
+    def _need_library(self) -> AdapterLibrary:
+        if self._library is None:
+            raise UnsupportedFeature("adapters", "the engine of this server has none")
+        return self._library
+
+    async def _in_worker(self, work: Callable[..., _T], *arguments: Any) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, work, *arguments)
+
+    # --- the watched directory ---------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Watch the directory, where there is one."""
+        if self._library is not None and self._options.adapter_dir:
+            self._start(self._watch())
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _watch(self) -> None:
+        before = self._known
+        problem = ""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            try:
+                now = await self._in_worker(scan, self._options.adapter_dir)
+            except ModelError as error:
+                if str(error) != problem:
+                    problem = str(error)
+                    log.error("%s", problem)
+                continue
+            problem = ""
+            wanted, before = changes(before, now, self._known), now
+            known = dict(self._known)
+            for name in wanted.read:
+                if not await self._follow(name):
+                    continue
+                known[name] = now[name]
+            for name in wanted.forget:
+                del known[name]
+                if self._is_watched(name):
+                    await self.unload(name)
+            self._known = known
+
+    async def _follow(self, name: str) -> bool:
+        """Load what has come or changed; False: try again without a change, the engine was not there."""
+        if name in self._served and not self._is_watched(name):
+            log.error("adapter %s in %s has the name of another one", name, self._options.adapter_dir)
+            return True
+        try:
+            with _reported(name):
+                await self.load(name, self._watched(name))
+        except EngineDead:
+            return False
+        return True
+
+    def _watched(self, name: str) -> str:
+        return os.path.join(self._options.adapter_dir, name)
+
+    def _is_watched(self, name: str) -> bool:
+        return name in self._served and self._served[name].entry.source == self._watched(name)
+
+    async def close(self) -> None:
+        """Stop watching; the library is not used any more."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self._worker.shutdown)
+
+
+def _register(
+    library: AdapterLibrary, name: str, prepared: PreparedAdapter, directory: str | Path, base: str | None
+) -> RegisteredAdapter:
+    return library.registry.set(name, prepared.content_id, source=os.fspath(directory), base_model_name=base)
+
+
+@contextlib.contextmanager
+def _reported(name: str) -> Iterator[None]:
+    """Log errors of an adapter; a dead engine is none of them."""
+    try:
+        yield
+    except EngineDead:
+        raise
+    except TokenloomError as error:
+        log.error("adapter %s: %s", name, error)
+
+
+def _be_nice() -> None:
+    """Lower the priority of this thread: steps go first."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

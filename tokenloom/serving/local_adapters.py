@@ -1,0 +1,122 @@
+"""Adapters of an engine in this process, under their names or where they lie."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tokenloom.adapters.watch import AdapterStamp, scan, stamp
+from tokenloom.config import Config
+from tokenloom.engine.engine import Engine
+from tokenloom.errors import InvalidParameter, TokenloomError
+from tokenloom.runtime.adapter_host import AdapterHost, offer_adapter
+from tokenloom.serving.adapter_library import (
+    AdapterLibrary,
+    PreparedAdapter,
+    check_adapter_name,
+    split_option,
+)
+from tokenloom.serving.assembly import EngineParts, open_library
+
+
+class LocalAdapters:
+    """What `LLM` knows of adapters. Nobody may step the engine meanwhile.
+
+    The library is opened by the first use, or at once where the configuration names adapters.
+    """
+
+    def __init__(self, config: Config, parts: EngineParts) -> None:
+        self._config = config
+        self._engine: Engine = parts.engine
+        self._host: AdapterHost | None = parts.adapters
+        self._model = parts.card.name
+        self._library: AdapterLibrary | None = None
+        self._names: dict[str, PreparedAdapter] = {}
+        self._paths: dict[str, tuple[AdapterStamp | None, PreparedAdapter]] = {}
+        if config.adapters.adapter or config.adapters.adapter_dir or config.adapters.data_dir:
+            self._open()
+
+    def load(self, name: str, directory: str | Path) -> None:
+        """Let `name` stand for the adapter in `directory` from now on. Raises as `AdapterLibrary.prepare`, and
+        `InvalidParameter` for a name that cannot be one, and an adapter that the pool has no room for."""
+        check_adapter_name(name, self._model)
+        library = self._open()
+        prepared, base = library.prepare(directory)
+        self._offer(prepared)
+        library.registry.set(name, prepared.content_id, source=os.fspath(directory), base_model_name=base)
+        before, self._names[name] = self._names.get(name), prepared
+        self._drop(before)
+
+    def unload(self, name: str) -> None:
+        """Forget the name. Raises `InvalidParameter` where it stands for nothing."""
+        library = self._open()
+        if name not in self._names:
+            raise self._unknown(name)
+        library.registry.remove(name)
+        self._drop(self._names.pop(name))
+
+    def names(self) -> tuple[str, ...]:
+        """The names, sorted."""
+        return tuple(sorted(self._names))
+
+    def resolve(self, adapter: str | Path | None) -> str:
+        """The content id for a name or a directory; "" for the base model (None or ""). A directory is read again
+        when its files have changed."""
+        if not adapter:
+            return ""
+        if not isinstance(adapter, (str, Path)):
+            raise InvalidParameter("adapter", adapter, "the name of an adapter, or its directory")
+        self._open()
+        if isinstance(adapter, str) and adapter in self._names:
+            return self._names[adapter].content_id
+        if not os.path.isdir(adapter):
+            raise self._unknown(str(adapter))
+        return self._at(os.path.realpath(adapter))
+
+    def close(self) -> None:
+        """Give the data directory back."""
+        if self._library is not None:
+            self._library.close()
+
+    def _at(self, path: str) -> str:
+        found, before = stamp(Path(path)), self._paths.get(path)
+        if before is not None and before[0] == found:
+            return before[1].content_id
+        prepared, _ = self._open().prepare(path)
+        self._offer(prepared)
+        self._paths[path] = found, prepared
+        if before is not None:
+            self._drop(before[1])
+        return prepared.content_id
+
+    def _open(self) -> AdapterLibrary:
+        if self._library is None:
+            self._library = open_library(self._config)
+            try:
+                for name, (_, prepared) in self._library.restore_all().items():
+                    self._offer(prepared)
+                    self._names[name] = prepared
+                for name, directory in map(split_option, self._config.adapters.adapter):
+                    self.load(name, directory)
+                if self._config.adapters.adapter_dir:
+                    for name in scan(self._config.adapters.adapter_dir):
+                        self.load(name, Path(self._config.adapters.adapter_dir, name))
+            except BaseException:
+                self._library.close()
+                self._library = None
+                raise
+        return self._library
+
+    def _offer(self, prepared: PreparedAdapter) -> None:
+        offer_adapter(self._engine, self._host, prepared.content_id, prepared.image)
+
+    def _drop(self, prepared: PreparedAdapter | None) -> None:
+        """Forget the content that a name or path had, if it was its last."""
+        held = {*self._names.values(), *(entry for _, entry in self._paths.values())}
+        if prepared is not None and prepared not in held:
+            self._engine.adapters.retire(prepared.content_id)
+            self._open().discard(prepared.content_id)
+
+    def _unknown(self, name: str) -> TokenloomError:
+        known = ", ".join(self.names()) or "none"
+        return InvalidParameter("adapter", name, f"a directory, or the name of an adapter (loaded: {known})")
