@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tests.models import test_families as families
 from tokenloom.adapters.adapter import Adapter
 from tokenloom.kernels.program import Embed, Program, WeightSpec
+from tokenloom.kernels.program_check import check_program
 from tokenloom.models.checkpoint import Checkpoint
 
 torch = pytest.importorskip("torch", reason="torch is the oracle here")
@@ -96,7 +97,7 @@ def merged(
             head=replace(program.head, weight=head),
             weights=(*program.weights, WeightSpec(head, shapes[embed.weight], (head,))),
         )
-        program.check()
+        check_program(program)
     for block in adapter.blocks:
         name = head if block.weight == embed.weight else block.weight
         a, b = block.a.astype(np.float64), block.b.astype(np.float64)
