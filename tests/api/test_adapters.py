@@ -160,7 +160,7 @@ def test_running_requests_keep_their_version(server: Server, directories: dict[s
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
         thread.start()
-    for i in range(12):
+    for i in range(6):
         name = list(directory)[i % 3]
         assert load(server, "red", directory[name], load_inplace=True).status_code == 200
         for other in ("a", "b"):
