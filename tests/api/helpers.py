@@ -24,6 +24,7 @@ from tokenloom.engine.batch import StepResult, Ticket, TokenBatch, TopLogprobs
 from tokenloom.engine.engine import Engine, EngineLimits
 from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
 from tokenloom.runtime.simulated import CostModel, SimulatedExecutor
+from tokenloom.serving.adapter_service import AdapterService
 from tokenloom.serving.assembly import build_engine
 from tokenloom.serving.client import EngineClient, ModelCard
 from tokenloom.serving.load_listener import SilentLoad
@@ -150,9 +151,9 @@ def scripted_client(directory: Path, **options: Any) -> ThreadEngineClient:
 class Server:
     """A uvicorn on a free loopback port, in a thread with its own event loop."""
 
-    def __init__(self, client: EngineClient, config: Config) -> None:
+    def __init__(self, client: EngineClient, config: Config, adapters: AdapterService | None = None) -> None:
         self.client = client
-        self.app = create_app(client, config)
+        self.app = create_app(client, config, adapters)
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
         options = uvicorn.Config(self.app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.kernels.harness import NATIVE, Numerics, each_numerics
-from tests.matrix.workload import CONFIG, Outputs, Setup, base_requests, serve
+from tests.matrix.workload import ADAPTERS, CONFIG, Outputs, Setup, base_requests, serve
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.policies.queue_order import QueueOrder
 from tokenloom.engine.request import Pooling, Request
@@ -46,6 +46,18 @@ def company(engine: Engine, step: int) -> None:
             )
 
 
+def adapter_company(engine: Engine, step: int) -> None:
+    """Others have adapters, which are sent away all the time."""
+    if step < 30:
+        params = SamplingParams(temperature=1.0, seed=step, max_tokens=3, ignore_eos=True)
+        adapter = ADAPTERS[step % 2]
+        engine.add_request(
+            Request(request_id=f"extra-a{step}", prompt_token_ids=[step] * 9, params=params, adapter=adapter)
+        )
+    if step % 5 == 0:
+        engine.adapters.evict_one(over_waiters=False)
+
+
 def urgent(engine: Engine, step: int) -> None:
     """More urgent requests preempt."""
     if step in (2, 4, 6):
@@ -64,6 +76,8 @@ SETUPS: dict[str, dict[str, Any]] = {
     "few_at_once": {"max_running": 4},
     "company": {"during": company},
     "cancels": {"during": cancels},
+    "reserving": {"admission": "reserve"},
+    "adapter_company": {"during": adapter_company},
     "urgent": {"during": urgent, "order": QueueOrder("priority")},
 }
 PARAMS: dict[str, dict[str, Any]] = {
@@ -97,14 +111,15 @@ def changed(requests: list[Request], *names: str) -> list[Request]:
         params = replace(request.params, **options)
         bad_words = BAD_WORDS if "bad_words" in names else ()
         tenant = request.request_id[-1] if "tenants" in names else ""
-        out.append(replace(request, params=params, bad_word_ids=bad_words, tenant=tenant))
+        adapter = ("", *ADAPTERS)[int(request.request_id[1:]) % 3] if "adapters" in names else ""
+        out.append(replace(request, params=params, bad_word_ids=bad_words, tenant=tenant, adapter=adapter))
     for name in sorted(POOLINGS.keys() & set(names)):
         for i in (0, 3) if name == "mean" else (1, 2):
             out[i] = replace(out[i], params=EMBEDDING_PARAMS, pooling=POOLINGS[name])
     return out
 
 
-FEATURES = [*SETUPS, *PARAMS, *POOLINGS, "bad_words", "tenants"]
+FEATURES = [*SETUPS, *PARAMS, *POOLINGS, "bad_words", "tenants", "adapters"]
 _plain: dict[Any, Outputs] = {}
 
 
@@ -128,6 +143,6 @@ def test_pair(one: str, two: str, numerics: Numerics) -> None:
         SETUPS[name]["during"] for name in (one, two) if "during" in SETUPS.get(name, {})
     ]
     options["during"] = lambda engine, step: [hook(engine, step) for hook in hooks]
-    names = frozenset({one, two} & ({*PARAMS, *POOLINGS, "bad_words", "tenants"}))
+    names = frozenset({one, two} & ({*PARAMS, *POOLINGS, "bad_words", "tenants", "adapters"}))
     outputs = serve(Setup(numerics=numerics, **options), changed(base_requests(seed), one, two))
     assert outputs == plain(names, seed, numerics)

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import functools
 import random
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tests.kernels.harness import Numerics, page_bytes_of, prepared
 from tokenloom.engine.engine import Engine, EngineLimits
+from tokenloom.engine.policies.admission import AdmissionPolicy
 from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
 from tokenloom.engine.policies.queue_order import QueueOrder
 from tokenloom.engine.request import Request, TokenLogprobs
 from tokenloom.engine.sampling_params import SamplingParams
+from tokenloom.kernels.adapter_image import image_dtype, make_image
 from tokenloom.models.config import ModelConfig, RopeConfig
 from tokenloom.models.llama import build
 from tokenloom.models.rope import rope_tables
+from tokenloom.runtime.adapter_host import AdapterFormat, AdapterHost
 from tokenloom.runtime.local import LocalExecutor
 
 CONFIG = ModelConfig(
@@ -63,6 +68,7 @@ class Setup:
     order: QueueOrder = field(default_factory=QueueOrder)
     numerics: Numerics = field(default_factory=Numerics)
     during: Callable[[Engine, int], None] | None = None
+    admission: AdmissionPolicy = "optimistic"
 
 
 class LetterStops:
@@ -86,16 +92,60 @@ def _prepared(numerics: Numerics) -> Mapping[str, Any]:
     return prepared(build(CONFIG), WEIGHTS, numerics)
 
 
+FRAME_BYTES = 64 << 10
+ADAPTER_PAGE_BYTES = 8 << 10
+ADAPTERS = ("a", "b")
+
+
+@dataclass(frozen=True)
+class Block:
+    weight: str
+    begin: int
+    end: int
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+
+def adapter_blocks(seed: int) -> list[Block]:
+    """Updates of every product, at ranks from 1 to 4."""
+    rng = np.random.default_rng(seed)
+    program = build(CONFIG)
+    shapes = {spec.name: spec.shape for spec in program.weights}
+    blocks = []
+    for i, (name, _) in enumerate(program.products()):
+        (outputs, inputs), rank = shapes[name], 1 + (i + seed) % 4
+        a, b = rng.standard_normal((rank, inputs)), rng.standard_normal((outputs, rank))
+        blocks.append(Block(name, 0, outputs, 0.5 * a, 0.1 * b, 0.7))
+    return blocks
+
+
+@functools.cache
+def _images(dtype: str) -> Path:
+    folder = tempfile.TemporaryDirectory()
+    _kept.append(folder)
+    for i, name in enumerate(ADAPTERS):
+        blocks = adapter_blocks(i)
+        image = make_image(build(CONFIG), blocks, None, dtype, page_bytes=ADAPTER_PAGE_BYTES)
+        image.save(Path(folder.name, name))
+    return Path(folder.name)
+
+
+_kept: list[Any] = []
+
+
 def make_engine(setup: Setup) -> Engine:
     program = build(CONFIG)
     numerics = setup.numerics
+    # The tiny pool has three frames in every format.
+    pages_per_frame = min(7, FRAME_BYTES // page_bytes_of(program, numerics))
     executor = LocalExecutor(
         program,
         _prepared(numerics),
         ROPE,
-        num_frames=setup.num_pages,
-        frame_bytes=page_bytes_of(program, numerics),
-        pages_per_frame=1,
+        num_frames=-(-setup.num_pages // pages_per_frame),
+        frame_bytes=FRAME_BYTES,
+        pages_per_frame=pages_per_frame,
         dtype=numerics.dtype,
         kv_dtype=numerics.kv_dtype,
         num_threads=1 if numerics.kernels == "reference" else 2,
@@ -105,11 +155,18 @@ def make_engine(setup: Setup) -> Engine:
         vocab_size=CONFIG.vocab_size,
         max_context=CONFIG.max_context,
         num_pages=setup.num_pages,
+        pages_per_frame=pages_per_frame,
+        adapter_pages_per_frame=FRAME_BYTES // ADAPTER_PAGE_BYTES,
+        adapter_page_bytes=ADAPTER_PAGE_BYTES,
+        admission=setup.admission,
         max_running=setup.max_running,
         eos_token_ids=(EOS,),
         prefix_cache=setup.prefix_cache,
         debug=True,
     )
+    host = AdapterHost(executor.backend, AdapterFormat(image_dtype(numerics.dtype), ADAPTER_PAGE_BYTES))
+    for name in ADAPTERS:
+        host.add(name, _images(host.format.dtype) / name)
     budget = ChunkedPrefill(setup.max_batch_tokens, setup.max_chunk_tokens)
     return Engine(
         executor,
@@ -117,6 +174,7 @@ def make_engine(setup: Setup) -> Engine:
         budget=budget,
         order=setup.order,
         stop_checkers=lambda prompt, params: LetterStops(params),
+        adapters=host,
     )
 
 

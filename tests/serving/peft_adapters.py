@@ -70,3 +70,15 @@ def their_logits(model: Path, adapter: Path | None, tokens: list[int]) -> NDArra
     with torch.no_grad():
         found: NDArray[np.float32] = _their_model(model, adapter)(torch.tensor([tokens])).logits[0].numpy()
     return found
+
+
+def agreement_with_peft(model: Path, adapter: Path | None, prompt: list[int], output: list[int]) -> int:
+    """Tokens of a greedy output that were compared: those where peft's best two logits are 1e-5 apart."""
+    logits = their_logits(model, adapter, [*prompt, *output])
+    compared = 0
+    for token, row in zip(output, logits[len(prompt) - 1 :], strict=False):
+        second, best = np.sort(row)[-2:]
+        if best - second > 1e-5:
+            assert token == row.argmax()
+            compared += 1
+    return compared
