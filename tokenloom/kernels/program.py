@@ -27,7 +27,7 @@ MAX_CHOSEN = 64
 """How many experts there are, and a row goes to, at most."""
 
 BufferDtype = Literal["float32", "activation"]
-Epilogue = Literal["none", "silu_mul", "gelu_mul", "gelu", "relu", "residual"]
+Epilogue = Literal["none", "silu_mul", "gelu_mul", "gelu", "gelu_erf", "relu", "residual"]
 PAIRED: tuple[Epilogue, ...] = ("silu_mul", "gelu_mul")
 """Epilogues that make one number of a gate and an up column."""
 
@@ -128,8 +128,9 @@ class Linear:
 
     none: out = y. residual: out += y * scale (the product rounded, and left out where scale is 1). silu_mul:
     weight stacks gate and up, y = [g, u] and out = (g / (1 + exp(-g))) * u, half as wide. gelu_mul: likewise
-    with gelu of g in its tanh form (Hendrycks and Gimpel 2016). gelu, relu: out = that of y. The result is
-    rounded once to the dtype of `out`. `delta` names an fp32 buffer as wide as y (an adapter's product); it is
+    with gelu of g in its tanh form (Hendrycks and Gimpel 2016). gelu, gelu_erf, relu: out = that of y, gelu_erf
+    being the exact form, y times the normal distribution function of y. The result is rounded once to the dtype of
+    `out`. `delta` names an fp32 buffer as wide as y (an adapter's product); it is
     added before the epilogue.
     """
 
