@@ -54,6 +54,8 @@ class WeightSpec:
     `sources` are the Hugging Face tensors that are concatenated along axis 0. `transposed`: the checkpoint
     stores [in, out]. `optional`: a checkpoint may lack it, and the loader then leaves it out (biases only:
     the op runs without it). `offset` is added in fp32 (norms that are stored less one; vectors only).
+    `interleaved`: the rows of the one source lie in groups, each of so many rows of every part; the weight has them
+    part by part ((d, d, d): q, k and v of one head after the other, as a fused tensor may have them).
     `integers`: int32 (orders of `Gather` only). `input_order` names the order that the columns of a linear lie in:
     its source must have been gathered by it.
     """
@@ -66,6 +68,7 @@ class WeightSpec:
     offset: float = 0.0
     integers: bool = False
     input_order: str | None = None
+    interleaved: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
