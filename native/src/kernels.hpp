@@ -21,7 +21,9 @@ constexpr int kAlign = 64;
 constexpr int kMaxExperts = 1024, kMaxChosen = 64;  // of kernels/program.py
 
 enum class Format : int32_t { f32 = 0, bf16 = 1, i8 = 2, i4 = 3 };
-enum class Epilogue : int32_t { none = 0, silu_mul = 1, residual = 2, gelu_mul = 3, gelu = 4, relu = 5 };
+enum class Epilogue : int32_t {
+    none = 0, silu_mul = 1, residual = 2, gelu_mul = 3, gelu = 4, relu = 5, gelu_erf = 6
+};
 
 // Of a gate and an up column each.
 inline bool is_paired(Epilogue e) { return e == Epilogue::silu_mul || e == Epilogue::gelu_mul; }

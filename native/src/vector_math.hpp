@@ -75,5 +75,23 @@ TL_INLINE F gelu(F x) {
     return mul(mul(add(tanh(inner), set(1.0f)), x), set(0.5f));
 }
 
+// x times the normal distribution function of x (spec.gelu_erf): e^(-x^2 / 2) * t * polynomial(t) of
+// t = 1 / (1 + |x| / 4) is the function of -|x|, and 1 less it that of |x|.
+TL_INLINE F gelu_erf(F x) {
+    F size = as_float(iand(as_int(x), iset(0x7fffffff)));
+    F t = div(set(1.0f), fma(size, set(0.25f), set(1.0f)));
+    F y = set(2.62956712e-2f);
+    y = fma(y, t, set(-1.55637473e-1f));
+    y = fma(y, t, set(3.02078277e-1f));
+    y = fma(y, t, set(-2.12750539e-1f));
+    y = fma(y, t, set(2.06698358e-1f));
+    y = fma(y, t, set(3.07582691e-2f));
+    y = fma(y, t, set(1.04321986e-1f));
+    y = fma(y, t, set(9.84327719e-2f));
+    y = fma(y, t, set(9.9802658e-2f));
+    F tail = mul(exp(mul(mul(x, x), set(-0.5f))), mul(y, t));
+    return mul(x, select(lt(x, zero()), tail, sub(set(1.0f), tail)));
+}
+
 }  // namespace TL_ISA
 }  // namespace tokenloom

@@ -86,6 +86,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2, all-linear": ("gpt2", {"r": 4, "target_modules": "all-linear"}),
     "opt": ("opt", {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]}),
     "opt, embedding": ("opt", {"r": 4, "target_modules": ["embed_tokens", "v_proj"]}),
+    "gpt neox, head by head": (
+        "gpt neox",
+        {"r": 4, "target_modules": ["query_key_value", "dense_h_to_4h", "attention.dense"]},
+    ),
+    "gpt neox, all-linear": ("gpt neox, sequential", {"r": 2, "target_modules": "all-linear"}),
+    "starcoder2": ("starcoder2", {"r": 4, "target_modules": "all-linear"}),
     "mixtral, attention": ("mixtral", {"r": 4, "target_modules": ATTENTION}),
     "qwen3 moe": ("qwen3 moe", {"r": 4, "target_modules": ["q_proj", "o_proj"]}),
     "a start that keeps the base: orthogonal": (

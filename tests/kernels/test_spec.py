@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tokenloom.kernels import spec
 from tokenloom.kernels.program import KVGeometry
 from tokenloom.kernels.reference.gemm import PackedLinear
-from tokenloom.kernels.reference.interpreter import _rms_norm, _silu_mul
+from tokenloom.kernels.reference.interpreter import _gelu_erf, _rms_norm, _silu_mul
 from tokenloom.kernels.reference.kv_pool import KVPool
 from tokenloom.kernels.reference.rounding import bfloat16_bits, from_bfloat16_bits, round_bfloat16
 from tokenloom.kernels.reference.sampler import log_softmax
@@ -139,6 +139,25 @@ def test_norm_rope_and_silu() -> None:
     turned = spec.rope(head, np.cos(angle), np.sin(angle))
     assert turned[16:].tolist() == head[16:].tolist()
     assert np.hypot(turned[:8], turned[8:16]) == pytest.approx(np.hypot(head[:8], head[8:16]), rel=1e-6)
+
+
+def test_gelus() -> None:
+    """Against float64: both forms everywhere, and the exact one relatively, down to where it is all tail."""
+    x = np.concatenate([np.linspace(-13, 13, 4001), [0.0, -0.0, 1e-30, -1e-30]]).astype(np.float32)
+    wide = x.astype(np.float64)
+    exact = np.array([0.5 * v * math.erfc(-v / math.sqrt(2)) for v in wide])
+    inner = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
+    assert spec.gelu(x) == pytest.approx(0.5 * wide * (1 + np.tanh(inner)), rel=1e-6, abs=5e-7)
+    found = spec.gelu_erf(x)
+    near = np.abs(x) < 4
+    assert found[near] == pytest.approx(exact[near], rel=6e-7, abs=0)
+    assert found == pytest.approx(exact, rel=5e-6, abs=1e-37)
+    assert np.signbit(found[x == 0]).tolist() == np.signbit(x[x == 0]).tolist()
+    assert _gelu_erf(x) == pytest.approx(exact, rel=5e-6, abs=1e-37)
+    edges = np.array([np.inf, 3e38, -3e38, np.nan], np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert spec.gelu_erf(edges)[:3].tolist() == [np.inf, edges[1], 0]
+        assert np.isnan(spec.gelu_erf(edges)[3])
 
 
 def test_attention_oracle_is_softmax() -> None:

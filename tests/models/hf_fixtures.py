@@ -45,6 +45,8 @@ SAFETENSORS_NAMES = {
     "int64": "I64",
     "int32": "I32",
     "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
 }
 NUMPY_TYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 

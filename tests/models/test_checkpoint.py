@@ -242,7 +242,7 @@ HOSTILE = {
     "no object": file_bytes({"a": 1}),
     "no fields": file_bytes({"a": {}}),
     "F64": file_bytes({"a": entry(dtype="F64", shape=[1])}, bytes(8)),
-    "U8": file_bytes({"a": entry(dtype="U8", shape=[8])}, bytes(8)),
+    "U16": file_bytes({"a": entry(dtype="U16", shape=[4])}, bytes(8)),
     "F8_E8M0": file_bytes({"a": entry(dtype="F8_E8M0", shape=[8])}, bytes(8)),
     "dtype list": file_bytes({"a": entry(dtype=["F32"])}, bytes(8)),
     "negative size": file_bytes({"a": entry(shape=[-2])}, bytes(8)),

@@ -77,6 +77,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("StableLm", {"use_qkv_bias": True, "hidden_size": 64, "partial_rotary_factor": 0.25}),
     "stablelm, parallel": ("StableLm", {"use_parallel_residual": True, "hidden_size": 64}),
     "gpt2": ("GPT2", {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 256}),
+    "gpt2, exact gelu": (
+        "GPT2",
+        {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 256, "activation_function": "gelu"},
+    ),
+    "gpt neox": ("GPTNeoX", {"hidden_size": 64}),
+    "gpt neox, sequential": (
+        "GPTNeoX",
+        {
+            "use_parallel_residual": False,
+            "hidden_act": "gelu_fast",
+            "attention_bias": False,
+            "rotary_pct": 0.5,
+        },
+    ),
+    "starcoder2": ("Starcoder2", {"sliding_window": 60}),
+    "starcoder2, no biases": ("Starcoder2", {"use_bias": False, "tie_word_embeddings": False}),
     "opt": ("OPT", {"ffn_dim": 80, "word_embed_proj_dim": 48, "init_std": 0.15}),
     "mixtral": ("Mixtral", {"num_local_experts": 5, "sliding_window": 60}),
     "qwen3 moe": (

@@ -23,6 +23,7 @@ from tokenloom.adapters.peft_config import MAX_RANK
 from tokenloom.errors import ModelError
 from tokenloom.kernels.program import Program
 from tokenloom.models.json_fields import shorten
+from tokenloom.models.weight_sources import part_by_part
 
 MAX_PROBLEMS = 50
 """Problems that one error lists."""
@@ -101,14 +102,21 @@ def place_modules(
         refuse("an adapter", problems)
     blocks: list[AdapterBlock] = []
     embedding: EmbeddingBlock | None = None
+    specs = {spec.name: spec for spec in program.weights}
     for module in ordered:
         place = places.by_module[module.name]
         if place.kind == "embedding":
             embedding = EmbeddingBlock(module.a, module.b, module.scale * place.factor)
-        else:
-            blocks.append(
-                AdapterBlock(place.weight, place.begin, place.end, module.a, module.b, module.scale)
+            continue
+        spec = specs[place.weight]
+        if spec.input_order is not None:
+            refuse(
+                "an adapter",
+                [f"{module.name}, whose inputs the checkpoint stores in another order (act-order)"],
             )
+        # The rows of a fused tensor move when it is loaded, and with them what is added to them.
+        b = module.b[part_by_part(spec)] if spec.interleaved else module.b
+        blocks.append(AdapterBlock(place.weight, place.begin, place.end, module.a, b, module.scale))
     order = {weight: number for number, (weight, _) in enumerate(program.products())}
     return Adapter(
         content_id=content_id(ordered),

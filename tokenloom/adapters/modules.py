@@ -60,7 +60,9 @@ class Places:
         outputs, inputs = self._specs[program.head.weight].shape
         # A tied head is a module of its own in transformers, over the same tensor.
         source = self._specs[program.head.weight].sources[0]
-        self.by_module[_module(HEAD)] = Place("head", program.head.weight, 0, outputs, inputs, source)
+        tied = any(isinstance(op, Embed) and op.weight == program.head.weight for op in program.ops)
+        head = _module(HEAD if tied else source)
+        self.by_module[head] = Place("head", program.head.weight, 0, outputs, inputs, source)
 
     def _add_stack(
         self, weight: str, rows: Mapping[str, tuple[int, ...]], kind: Literal["linear", "router"]

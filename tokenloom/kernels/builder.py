@@ -59,11 +59,12 @@ class ProgramBuilder:
         optional: bool = False,
         offset: float = 0.0,
         transposed: bool = False,
+        interleaved: tuple[int, ...] = (),
     ) -> str:
         """Declare a weight made of the Hugging Face tensors `sources`."""
         names = (sources,) if isinstance(sources, str) else sources
         name = "+".join(names)
-        spec = WeightSpec(name, shape, names, optional, transposed, offset)
+        spec = WeightSpec(name, shape, names, optional, transposed, offset, interleaved=interleaved)
         if self._weights.setdefault(name, spec) != spec:
             raise ValueError(f"weight {name} is declared as {self._weights[name]} and as {spec}")
         return name

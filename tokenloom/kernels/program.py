@@ -27,7 +27,7 @@ MAX_CHOSEN = 64
 """How many experts there are, and a row goes to, at most."""
 
 BufferDtype = Literal["float32", "activation"]
-Epilogue = Literal["none", "silu_mul", "gelu_mul", "gelu", "relu", "residual"]
+Epilogue = Literal["none", "silu_mul", "gelu_mul", "gelu", "gelu_erf", "relu", "residual"]
 PAIRED: tuple[Epilogue, ...] = ("silu_mul", "gelu_mul")
 """Epilogues that make one number of a gate and an up column."""
 
@@ -54,6 +54,8 @@ class WeightSpec:
     `sources` are the Hugging Face tensors that are concatenated along axis 0. `transposed`: the checkpoint
     stores [in, out]. `optional`: a checkpoint may lack it, and the loader then leaves it out (biases only:
     the op runs without it). `offset` is added in fp32 (norms that are stored less one; vectors only).
+    `interleaved`: the rows of the one source lie in groups, each of so many rows of every part; the weight has them
+    part by part ((d, d, d): q, k and v of one head after the other, as a fused tensor may have them).
     `integers`: int32 (orders of `Gather` only). `input_order` names the order that the columns of a linear lie in:
     its source must have been gathered by it.
     """
@@ -66,6 +68,7 @@ class WeightSpec:
     offset: float = 0.0
     integers: bool = False
     input_order: str | None = None
+    interleaved: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +131,9 @@ class Linear:
 
     none: out = y. residual: out += y * scale (the product rounded, and left out where scale is 1). silu_mul:
     weight stacks gate and up, y = [g, u] and out = (g / (1 + exp(-g))) * u, half as wide. gelu_mul: likewise
-    with gelu of g in its tanh form (Hendrycks and Gimpel 2016). gelu, relu: out = that of y. The result is
-    rounded once to the dtype of `out`.
+    with gelu of g in its tanh form (Hendrycks and Gimpel 2016). gelu, gelu_erf, relu: out = that of y, gelu_erf
+    being the exact form, y times the normal distribution function of y. The result is rounded once to the dtype of
+    `out`.
 
     A row whose sequence has an adapter is updated by each of the adapter's blocks for the weight (LoRA, Hu et al.
     2021): y[begin:end] += v @ b.T in fp32 with v = scale * (source @ a.T). A product with a row of `a` is summed in

@@ -45,6 +45,12 @@ class _Checker:
                 raise ValueError(f"weight {spec.name} of shape {spec.shape} has an offset")
             if not spec.sources or not spec.shape or min(spec.shape) < 1:
                 raise ValueError(f"weight {spec.name} has shape {spec.shape} and sources {spec.sources}")
+            parts = spec.interleaved
+            if parts and (len(spec.sources) > 1 or min(parts) < 1 or spec.shape[0] % sum(parts)):
+                raise ValueError(
+                    f"weight {spec.name} of {spec.shape[0]} rows from {len(spec.sources)} sources is not "
+                    f"interleaved of {parts}"
+                )
 
     def read(self, name: str, width: int | None = None) -> int:
         """The width of a buffer that must have been written (and be `width` wide)."""

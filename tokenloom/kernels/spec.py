@@ -269,6 +269,31 @@ def gelu(x: Float32) -> Float32:
     return (tanh(inner) + np.float32(1)) * x * np.float32(0.5)
 
 
+GELU_ERF_TERMS = tuple(
+    np.float32(c)
+    for c in (
+        2.62956712e-2, -1.55637473e-1, 3.02078277e-1, -2.12750539e-1, 2.06698358e-1, 3.07582691e-2, 1.04321986e-1,
+        9.84327719e-2, 9.9802658e-2,
+    )
+)  # fmt: skip
+"""Of e^(x^2 / 2) * Phi(-x) / t in t = 1 / (1 + x / 4), Phi the normal distribution function, the highest power
+first: a least-squares fit weighted until its largest relative error (6e-8) was the same everywhere, x up to 13."""
+
+
+def gelu_erf(x: Float32) -> Float32:
+    """x * Phi(x), the exact gelu, 0.5 * x * (1 + erf(x / sqrt(2))): Phi(-|x|) = exp(-x^2 / 2) * (polynomial(t) * t)
+    with t = 1 / (1 + |x| / 4) and the polynomial in fused steps, and Phi(|x|) 1 less that."""
+    x = np.asarray(x, np.float32)
+    one = np.float32(1)
+    t = one / fma(np.abs(x), np.float32(0.25), one)
+    y = np.full_like(x, GELU_ERF_TERMS[0])
+    for term in GELU_ERF_TERMS[1:]:
+        y = fma(y, t, term)
+    tail = exp(x * x * np.float32(-0.5)) * (y * t)
+    result: Float32 = x * np.where(x < 0, tail, one - tail)
+    return result
+
+
 def layer_norm(x: Float32, weight: Float32, bias: Float32 | None, epsilon: float) -> Float32:
     """One row, fp32 [n]: `rms_norm` of x - sum(x) / n, and the bias added."""
     normed = rms_norm(x - lane_sum(x) / np.float32(len(x)), weight, epsilon)

@@ -63,6 +63,8 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.uint8),  # any byte may stand there
 }
 _WEIGHT = ".weight"
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from tokenloom.quantization.config import WeightQuantization
 
+Activation = Literal["silu", "gelu", "gelu_erf", "relu"]
 RopeKind = Literal["default", "linear", "llama3", "yarn", "dynamic", "longrope"]
 
 
@@ -59,8 +60,9 @@ class ModelConfig:
 
     `attention_bias` is that of q, k and v, `output_bias` that of the projection behind attention. `qk_norm`: an
     RMSNorm over each head of q and k, or over all heads together. `parallel_residual`: attention and MLP read the
-    same norm. `windows` has one entry per layer, the number of last tokens that it sees or None for all; empty:
-    all layers see all. `activation` is that of the MLP. `layer_norm`: norms are LayerNorms with biases.
+    same residual stream, through one norm or two. `windows` has one entry per layer, the number of last tokens that
+    it sees or None for all; empty: all layers see all. `activation` is that of the MLP ("gelu" its tanh form,
+    "gelu_erf" the exact one), which is `gated` or not. `layer_norm`: norms are LayerNorms with biases.
     `norm_offset` is added to the weights of norms. `embedding_scale`, `residual_scale` and `logits_divisor` are
     factors of the embedding, of what a block adds to the residual stream, and below the logits;
     `attention_scale` is that of q (None: 1 / sqrt(head_dim)). `attention_softcap` and `logits_softcap` bound
@@ -87,7 +89,8 @@ class ModelConfig:
     qk_norm: Literal["none", "head", "all"] = "none"
     parallel_residual: bool = False
     windows: tuple[int | None, ...] = ()
-    activation: Literal["silu", "gelu", "relu"] = "silu"
+    activation: Activation = "silu"
+    gated: bool = True
     layer_norm: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0

@@ -7,8 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokenloom.kernels.program import MAX_CHOSEN, MAX_EXPERTS, Program
-from tokenloom.models.config import ExpertsConfig, ModelConfig
+from tokenloom.models.config import Activation, ExpertsConfig, ModelConfig
 from tokenloom.models.json_fields import Fields
+
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "gelu": "gelu_erf",
+    "gelu_new": "gelu",
+    "gelu_fast": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "relu": "relu",
+}
 
 Read = Callable[[Fields, ModelConfig], ModelConfig]
 Build = Callable[[ModelConfig], Program]
@@ -56,6 +64,14 @@ def sliding_layers(
         written.refuse("layer_types", f"{config.num_layers} of full_attention and sliding_attention")
     windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
     return windows if any(windows) else ()
+
+
+def read_activation(written: Fields, name: str, default: str) -> Activation:
+    """The activation of an MLP without a gate, from the field `name`. Raises `ModelError`."""
+    found = written.data.get(name, default)
+    if not isinstance(found, str) or found not in _ACTIVATIONS:
+        written.refuse(name, "one of " + ", ".join(_ACTIVATIONS))
+    return _ACTIVATIONS[found]
 
 
 def read_experts(

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from tokenloom.kernels.builder import ProgramBuilder
 from tokenloom.kernels.program import Epilogue, KVGeometry, Program
 from tokenloom.models.config import ModelConfig
-from tokenloom.models.family import Family
+from tokenloom.models.decoder import plain_epilogue
+from tokenloom.models.family import Family, read_activation
 from tokenloom.models.json_fields import Fields
 
 
@@ -72,7 +73,7 @@ def _build(config: ModelConfig, names: _Names) -> Program:
         b.attention(q, attended, layer=layer, num_heads=config.num_heads, scale=config.query_scale)
         linear(attended, (p + names.out,), x, hidden, hidden, "residual")
         norm(p + names.second_norm)
-        linear(normed, (p + names.up,), inner, ffn, hidden, "gelu" if config.activation == "gelu" else "relu")
+        linear(normed, (p + names.up,), inner, ffn, hidden, plain_epilogue(config.activation))
         linear(inner, (p + names.down,), x, hidden, ffn, "residual")
     norm(names.last_norm)
     head = embedding if config.tie_word_embeddings else b.weight("lm_head.weight", config.vocab_size, hidden)
@@ -96,11 +97,10 @@ def _without(written: Fields, *names: str) -> None:
 
 
 def _plain(written: Fields, config: ModelConfig, activation: str) -> ModelConfig:
-    if written.data.get("activation_function", activation) != activation:
-        written.refuse("activation_function", repr(activation))
     return replace(
         config,
-        activation="relu" if activation == "relu" else "gelu",
+        activation=read_activation(written, "activation_function", activation),
+        gated=False,
         num_kv_heads=config.num_heads,
         layer_norm=True,
         rms_norm_eps=written.number("layer_norm_epsilon", 1e-20, 1, default=1e-5),

@@ -300,12 +300,13 @@ def native_building_bytes(
 
 def _reading_bytes(config: ModelConfig, program: Program, spec: WeightSpec) -> int:
     """Bytes of the sources of a weight that are no views of the file: 8 and 4 bits as a byte each, float32 for the
-    values of other formats and where a stack has parts of different kinds, and what is stored the other way."""
+    values of other formats and where a stack has parts of different kinds, and what is stored the other way or
+    interleaved."""
     size = math.prod(spec.shape)
     stored = _stored(config, program, spec)
     kinds = set(stored)
     if not any(_linear_formats(config, program, spec)):
-        return size * (4 if config.dtype == "float32" else 2) if spec.transposed else 0
+        return size * (4 if config.dtype == "float32" else 2) if spec.transposed or spec.interleaved else 0
     groups = [group for kind, group in stored if kind == "int4"]
     unpacked = size + 4 * spec.shape[0]
     if groups:
@@ -313,7 +314,8 @@ def _reading_bytes(config: ModelConfig, program: Program, spec: WeightSpec) -> i
         unpacked = (2 if spec.input_order else 1) * size + 3 * spec.shape[0] * num_groups(
             spec.shape[1], min(groups)
         )
-    return unpacked if len(kinds) == 1 and kinds != {("float32", 0)} else unpacked + 4 * size
+    read = unpacked if len(kinds) == 1 and kinds != {("float32", 0)} else unpacked + 4 * size
+    return 2 * read if spec.interleaved else read
 
 
 def _num_cores() -> int:

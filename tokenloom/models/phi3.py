@@ -8,13 +8,14 @@ from dataclasses import replace
 from tokenloom.kernels.program import Program
 from tokenloom.models import decoder
 from tokenloom.models.config import ModelConfig
+from tokenloom.models.decoder import Names
 from tokenloom.models.family import Family, sliding_layers
 from tokenloom.models.json_fields import Fields
 
 
 def build(config: ModelConfig) -> Program:
     """The forward pass of a `Phi3ForCausalLM` checkpoint."""
-    return decoder.build(config, qkv=("qkv_proj",), gate_up=("gate_up_proj",))
+    return decoder.build(config, Names(qkv=("self_attn.qkv_proj",), up=("mlp.gate_up_proj",)))
 
 
 def _read(written: Fields, config: ModelConfig) -> ModelConfig:

@@ -10,6 +10,7 @@ from tokenloom.models.config import ModelConfig
 from tokenloom.models.family import Family
 from tokenloom.models.gemma import GEMMA2, GEMMA3
 from tokenloom.models.gpt2 import GPT2, OPT
+from tokenloom.models.gpt_neox import GPT_NEOX
 from tokenloom.models.granite import GRANITE
 from tokenloom.models.llama import LLAMA
 from tokenloom.models.mistral import MISTRAL
@@ -19,6 +20,7 @@ from tokenloom.models.olmoe import OLMOE
 from tokenloom.models.phi3 import PHI3
 from tokenloom.models.qwen import QWEN2, QWEN3, QWEN3_MOE
 from tokenloom.models.stablelm import STABLELM
+from tokenloom.models.starcoder2 import STARCODER2
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
@@ -35,6 +37,8 @@ FAMILIES: Mapping[str, Family] = {
         STABLELM,
         GPT2,
         OPT,
+        GPT_NEOX,
+        STARCODER2,
         MIXTRAL,
         QWEN3_MOE,
         OLMOE,

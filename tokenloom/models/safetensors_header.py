@@ -29,9 +29,11 @@ ITEM_BYTES: Mapping[str, int] = {
     "I64": 8,
     "I32": 4,
     "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
 }
 """Bytes of one number, by the format's name of the type. No other type is served. Integers are for the parts of
-quantised linears."""
+quantised linears; U8 and BOOL for causal masks, which old checkpoints store and nobody reads."""
 
 _COMPLETE = "a complete file"
 _MAX_DIMENSIONS = 8

@@ -40,7 +40,10 @@ ProgressListener = Callable[[str, int, int], None]
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
+_HEADS = (HEAD, "embed_out.weight")
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
+_MASKS = (".attention.bias", ".attn.bias")
+_MASKED = (".attention.masked_bias", ".attn.masked_bias")
 _KV_SCALES = (".k_scale", ".v_scale", ".q_scale", ".kv_scale")
 _FLOATS = ("float32", "bfloat16", "float16")
 
@@ -49,9 +52,9 @@ class SourcedWeight(NamedTuple):
     """A weight of the program and its sources, which are stacked along axis 0 to its shape.
 
     A source is an array, mostly a view of the mapped file ([rows, ...] of float32, bfloat16 or float16; for a
-    transposed spec already turned; int32 [K] for an order of inputs), or a matrix in 8 or 4 bits. The sources of
-    one weight may be of different kinds where a checkpoint leaves some linears as they were. They are valid until
-    the next weight is asked for.
+    transposed spec already turned, a copy part by part for an interleaved one; int32 [K] for an order of inputs), or
+    a matrix in 8 or 4 bits. The sources of one weight may be of different kinds where a checkpoint leaves some
+    linears as they were. They are valid until the next weight is asked for.
     """
 
     spec: WeightSpec
@@ -176,20 +179,28 @@ def _source(
 ) -> WeightSource:
     found = checkpoint.source(name)
     # Quantised linears and blocks are [N, K] in any case: the tools turn what is stored the other way.
-    if isinstance(found, BlockMatrix) and form.dtype == "int8":
-        return found.int8()
-    if isinstance(found, BlockMatrix) and form.dtype == "int4":
-        return found.int4(form.group)
+    if isinstance(found, BlockMatrix) and not spec.interleaved and form.dtype in ("int8", "int4"):
+        return found.int8() if form.dtype == "int8" else found.int4(form.group)
     if isinstance(found, Int8Matrix | Int4Matrix) and form.dtype in ("int8", "int4"):
-        return found
+        return found.take(part_by_part(spec)) if spec.interleaved else found
     if isinstance(found, BlockMatrix | Int8Matrix | Int4Matrix):
         view = found.dequantize()
     else:
         view = found.T if spec.transposed and not _is_quantized(name, checkpoint) else found
+    if spec.interleaved:
+        view = np.take(view, part_by_part(spec), axis=0)
     rounding = chosen.get(spec.name)
     if rounding == "int8":
         return round_to_nearest.int8(view, name)
     return view if rounding is None else round_to_nearest.int4(view, name=name)
+
+
+def part_by_part(spec: WeightSpec) -> NDArray[np.intp]:
+    """[rows]: the row of the source that each row of an interleaved weight is. A row is an output, so scales and
+    zeros of a quantised one move with it."""
+    groups = np.arange(spec.shape[0]).reshape(-1, sum(spec.interleaved))
+    parts = np.split(groups, np.cumsum(spec.interleaved)[:-1], axis=1)
+    return np.concatenate([part.ravel() for part in parts])
 
 
 def resolve_weights(weights: str, checkpoint: WeightFiles) -> WeightFormat:
@@ -296,13 +307,15 @@ def _is_quantized(source: str, checkpoint: WeightFiles) -> bool:
 def check_weights(program: Program, checkpoint: WeightFiles) -> None:
     """Raise `ModelError` with every tensor that is missing, unexpected, mis-shaped or of the wrong kind.
 
-    Ignored are the frequencies that old checkpoints store (`rotary_emb.inv_freq`), an `lm_head.weight` that
-    equals the embedding it is tied to (one that differs is refused: it contradicts config.json), biases of
-    zeros that some GPTQ tools add to every linear, and the scales with which others would round K and V.
+    Ignored are the frequencies and causal masks that old checkpoints store (`rotary_emb.inv_freq`,
+    `attention.bias` [1, 1, n, n], `attention.masked_bias`), a head that equals the embedding it is tied to (one
+    that differs is refused: it contradicts config.json), biases of zeros that some GPTQ tools add to every linear,
+    and the scales with which others would round K and V.
     """
     problems: list[str] = []
     used: set[str] = set()
     rows = source_rows(program)
+    embedding = next((op.weight for op in program.ops if isinstance(op, Embed)), EMBEDDING)
     quantizable = {name for name, _ in program.products()} - program.routers()
     quantizable -= {op.weight for op in program.ops if isinstance(op, Embed)}
     for spec in program.weights:
@@ -314,12 +327,14 @@ def check_weights(program: Program, checkpoint: WeightFiles) -> None:
     for name in checkpoint.names:
         if name in used or name.endswith(_IGNORED_SUFFIX) or _is_empty_bias(name, checkpoint):
             continue
+        if _is_mask(name, checkpoint.shape(name)):
+            continue
         if checkpoint.quantization is not None and name.endswith(_KV_SCALES):
             continue
-        if name != HEAD:
+        if name not in _HEADS or program.head.weight != embedding:
             problems.append(f"unexpected {name} {list(checkpoint.shape(name))}")
-        elif EMBEDDING in checkpoint and not _is_tied_copy(checkpoint):
-            problems.append(f"{HEAD} that differs from {EMBEDDING}, though tie_word_embeddings is true")
+        elif embedding in checkpoint and not _is_tied_copy(checkpoint, name, embedding):
+            problems.append(f"{name} that differs from {embedding}, though tie_word_embeddings is true")
     if problems:
         shown = "; ".join(problems[:50]) + (f"; and {len(problems) - 50} more" if len(problems) > 50 else "")
         raise ModelError(
@@ -440,12 +455,19 @@ def _is_empty_bias(name: str, checkpoint: WeightFiles) -> bool:
     return not checkpoint.tensor(name).any()
 
 
-def _is_tied_copy(checkpoint: WeightFiles) -> bool:
-    head, embedding = checkpoint.source(HEAD), checkpoint.source(EMBEDDING)
+def _is_mask(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a causal mask [1, 1, n, n], or the number that stood for minus infinity."""
+    if name.endswith(_MASKED):
+        return shape in ((), (1,))
+    return name.endswith(_MASKS) and len(shape) == 4 and shape == (1, 1, shape[2], shape[2])
+
+
+def _is_tied_copy(checkpoint: WeightFiles, head_name: str, embedding_name: str) -> bool:
+    head, embedding = checkpoint.source(head_name), checkpoint.source(embedding_name)
     if not isinstance(head, np.ndarray) or not isinstance(embedding, np.ndarray):
         return False
     if head.shape != embedding.shape or head.ndim != 2:
         return False
     same = all(bool((head[rows] == embedding[rows]).all()) for rows in row_blocks(head.shape))
-    checkpoint.release(HEAD)
+    checkpoint.release(head_name)
     return same

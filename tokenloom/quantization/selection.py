@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-HEAD: Final = "lm_head"
+_HEADS: Final = ("lm_head", "embed_out")
 
 PATTERN: Final = "re:"
 _CLASS: Final = "Linear"
@@ -30,7 +30,7 @@ class NameSelection:
     def selects(self, module: str) -> bool:
         if any(pattern in module for pattern in self.skipped):
             return False
-        if module == HEAD:
+        if module in _HEADS:
             return self.head
         return not self.only or any(f".{module}".endswith(f".{suffix}") for suffix in self.only)
 

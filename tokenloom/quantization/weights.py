@@ -63,6 +63,10 @@ class Int8Matrix:
             np.multiply(self.q[rows], self.scales[rows, None], out=result[rows], dtype=np.float32)
         return result
 
+    def take(self, rows: NDArray[np.intp]) -> Int8Matrix:
+        """A copy of these rows, in this order."""
+        return Int8Matrix(self.q[rows], self.scales[rows])
+
     @classmethod
     def concatenate(cls, parts: Sequence[Int8Matrix]) -> Int8Matrix:
         """The rows of all `parts`, in order. Raises ValueError if their K differ or there are none."""
@@ -117,6 +121,10 @@ class Int4Matrix:
             scales = np.repeat(self.scales[rows].astype(np.float32), self.group, axis=1)
             np.multiply(steps, scales[:, : self.shape[1]], out=result[rows])
         return result
+
+    def take(self, rows: NDArray[np.intp]) -> Int4Matrix:
+        """A copy of these rows, in this order."""
+        return Int4Matrix(self.q[rows], self.scales[rows], self.zeros[rows], self.group)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Int4Matrix]) -> Int4Matrix:

@@ -294,6 +294,7 @@ TL_NOINLINE void finish(const LinearCall& call, int64_t panel, int64_t row, int6
         } else {
             for (int half = 0; half < 2; ++half) {
                 if (call.epilogue == Epilogue::gelu) y[half] = gelu(y[half]);
+                if (call.epilogue == Epilogue::gelu_erf) y[half] = gelu_erf(y[half]);
                 if (call.epilogue == Epilogue::relu) y[half] = max(y[half], zero());
                 if (at[half].count) put(call, r, at[half], y[half]);
             }

@@ -84,6 +84,7 @@ TL_OP(max_lane, max_lane(x))
 TL_OP(isum, isum(i))
 TL_OP(exp, exp(x))
 TL_OP(tanh, tanh(x))
+TL_OP(gelu_erf, gelu_erf(x))
 TL_OP(silu_mul, silu_mul(x, y))
 TL_OP(round_bf16, round_bf16(x))
 
@@ -133,7 +134,7 @@ static const SimdOp kOps[] = {
     TL_ROW(load_f16), TL_ROW(dot_u8s8), TL_ROW(sum), TL_ROW(max_lane), TL_ROW(isum), TL_ROW(exp), TL_ROW(tanh),
     TL_ROW(silu_mul), TL_ROW(round_bf16), TL_ROW(store), TL_ROW(store_part), TL_ROW(store_i8), TL_ROW(store_high),
     TL_ROW(store_high_part), TL_ROW(store_bf16), TL_ROW(mul_wide), TL_ROW(transpose4), TL_ROW(dot_bf16),
-    TL_ROW(scale_by_power), TL_ROW(load_u16), TL_ROW(store_bf16_flushed)};
+    TL_ROW(scale_by_power), TL_ROW(gelu_erf), TL_ROW(load_u16), TL_ROW(store_bf16_flushed)};
 
 extern const SimdKernels simd_kernels;
 const SimdKernels simd_kernels = {kOps, static_cast<int64_t>(sizeof kOps / sizeof kOps[0])};

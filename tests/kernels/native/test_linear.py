@@ -139,7 +139,7 @@ def test_many_rows_and_a_deep_weight(isa: str, name: str) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", ["f32", "bf16"])
 @pytest.mark.parametrize(
-    "epilogue", ["none", "residual", "scaled residual", "silu_mul", "gelu_mul", "gelu", "relu"]
+    "epilogue", ["none", "residual", "scaled residual", "silu_mul", "gelu_mul", "gelu", "gelu_erf", "relu"]
 )
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("columns", [36, 70, 128])
@@ -164,6 +164,8 @@ def test_epilogues(isa: str, name: str, epilogue: str, has_bias: bool, columns: 
         y = spec.gelu(y[:, :width]) * y[:, width:]
     elif epilogue == "gelu":
         y = spec.gelu(y)
+    elif epilogue == "gelu_erf":
+        y = spec.gelu_erf(y)
     elif epilogue == "relu":
         y = np.maximum(y, np.float32(0))
     wide = np.full((rows, width + 9), 7, np.float32)

@@ -28,7 +28,7 @@ SPECIAL = np.array(
 FLOAT_RESULTS = {
     "zero", "set", "load", "load_part", "add", "sub", "mul", "div", "fma", "max", "min", "round_even", "select",
     "select_mask", "to_float", "load_bf16", "load_bf16_part", "load_f16", "dot_bf16", "sum", "max_lane", "exp", "tanh",
-    "silu_mul", "scale_by_power", "store", "store_part",
+    "silu_mul", "gelu_erf", "scale_by_power", "store", "store_part",
 }  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def finite_words(rng: np.random.Generator) -> Words:
 
 
 @pytest.mark.parametrize("isa", native.isas())
-@pytest.mark.parametrize("name", ["exp", "tanh", "fma", "silu_mul"])
+@pytest.mark.parametrize("name", ["exp", "tanh", "fma", "silu_mul", "gelu_erf"])
 def test_equals_the_oracle(name: str, isa: str) -> None:
     rng = np.random.default_rng(3)
     words = [finite_words(rng) for _ in range(3)]
@@ -117,6 +117,7 @@ def test_equals_the_oracle(name: str, isa: str) -> None:
             "tanh": lambda: spec.tanh(x),
             "fma": lambda: spec.fma(x, y, z),
             "silu_mul": lambda: spec.silu_mul(x, y),
+            "gelu_erf": lambda: spec.gelu_erf(x),
         }[name]()
     found = comparable(name, native.simd_apply(name, *words, isa)[:, :16])
     assert (found == comparable(name, np.ascontiguousarray(expected).view(np.int32))).all()

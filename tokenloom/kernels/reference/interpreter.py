@@ -43,6 +43,7 @@ from tokenloom.kernels.reference.gemm import COLUMN_UNIT, ROW_TILE, PackedLinear
 from tokenloom.kernels.reference.kv_pool import Indices, KVPool
 from tokenloom.kernels.reference.rounding import from_bfloat16_bits, round_bfloat16
 from tokenloom.kernels.reference.workers import Workers
+from tokenloom.kernels.spec import GELU_ERF_TERMS
 
 Float32 = NDArray[np.float32]
 
@@ -302,6 +303,8 @@ class Interpreter:
                 np.multiply(_gelu(y[:, :width]), y[:, width:], out=target[:, :width])
             elif epilogue == "gelu":
                 target[:, :width] = _gelu(y)
+            elif epilogue == "gelu_erf":
+                target[:, :width] = _gelu_erf(y)
             elif epilogue == "relu":
                 np.maximum(y, np.float32(0), out=target[:, :width])
             if rounds:
@@ -455,6 +458,26 @@ def _gelu(x: Float32) -> Float32:
     inner *= x
     inner *= np.float32(0.5)
     return inner
+
+
+def _gelu_erf(x: Float32) -> Float32:
+    """gelu in its exact form."""
+    t = np.abs(x)
+    t *= np.float32(0.25)
+    t += _ONE
+    np.divide(_ONE, t, out=t)
+    share = np.full_like(t, GELU_ERF_TERMS[0])
+    for term in GELU_ERF_TERMS[1:]:
+        share *= t
+        share += term
+    share *= t
+    tail = x * x
+    tail *= np.float32(-0.5)
+    np.exp(tail, out=tail)
+    share *= tail
+    np.subtract(_ONE, share, out=share, where=x >= 0)
+    share *= x
+    return share
 
 
 def _float32(array: NDArray[Any]) -> Float32:
