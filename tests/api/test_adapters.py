@@ -29,7 +29,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("adapters")
-    return {name: write_adapter(folder / name, i, rank=2 + i) for i, name in enumerate(("red", "blue", "green"))}
+    return {
+        name: write_adapter(folder / name, i, rank=2 + i) for i, name in enumerate(("red", "blue", "green"))
+    }
 
 
 @pytest.fixture
@@ -78,12 +80,19 @@ def test_every_way_to_name_an_adapter(server: Server, model: Path, directories: 
         response = server.post("/v1/completions", {"model": name, "prompt": "x"})
         assert error(response, 404, "model_not_found").endswith("Served here: tiny, red.")
     assert "as the model" in error(
-        server.post("/v1/completions", {"prompt": "x", "lora_request": {"name": "red"}}), 400, "unsupported_feature"
+        server.post("/v1/completions", {"prompt": "x", "lora_request": {"name": "red"}}),
+        400,
+        "unsupported_feature",
     )
     chats = [
         server.post(
             "/v1/chat/completions",
-            {"model": name, "messages": [{"role": "user", "content": "a"}], "temperature": 0, "max_tokens": 9},
+            {
+                "model": name,
+                "messages": [{"role": "user", "content": "a"}],
+                "temperature": 0,
+                "max_tokens": 9,
+            },
         ).json()
         for name in (MODEL, "red")
     ]
@@ -111,7 +120,9 @@ def test_the_official_client(server: Server) -> None:
         assert client.models.retrieve("red").id == "red"
         expected = answer(server, "red", max_tokens=16)["text"]
         for stream in (False, True):
-            made = client.completions.create(model=f"{MODEL}:red", prompt=PROMPT, temperature=0, stream=stream)
+            made = client.completions.create(
+                model=f"{MODEL}:red", prompt=PROMPT, temperature=0, stream=stream
+            )
             texts = [made.choices[0].text] if not stream else [chunk.choices[0].text for chunk in made]  # type: ignore[union-attr,attr-defined]
             assert "".join(texts) == expected
         with pytest.raises(openai.NotFoundError, match="Served here: tiny, red"):
@@ -130,7 +141,10 @@ def test_load_and_unload_as_in_vllm(server: Server, directories: dict[str, Path]
     assert answer(server, "blue") != blue
     assert listed(server)["blue"]["version"] == 2
     response = unload(server, "blue")
-    assert (response.status_code, response.text) == (200, "Success: LoRA adapter 'blue' removed successfully.")
+    assert (response.status_code, response.text) == (
+        200,
+        "Success: LoRA adapter 'blue' removed successfully.",
+    )
     error(unload(server, "blue"), 404, "adapter_not_found")
     error(unload(server, ""), 400, "missing_required_parameter")
     error(load(server, "", directories["blue"]), 400, "missing_required_parameter")
@@ -223,7 +237,11 @@ def test_what_an_operator_sees(server: Server, directories: dict[str, Path]) -> 
     assert (red["parent"], red["rank"], red["requests_total"], red["requests_live"]) == (MODEL, 2, 2, 0)
     assert red["resident_bytes"] == 64 << 10
     assert red["last_used"] >= red["created"] > 1e9
-    assert (found["idle"]["resident_bytes"], found["idle"]["last_used"], found["idle"]["pinned"]) == (0, None, False)
+    assert (found["idle"]["resident_bytes"], found["idle"]["last_used"], found["idle"]["pinned"]) == (
+        0,
+        None,
+        False,
+    )
     assert server.post("/admin/adapters/idle/pin").json()["pinned"] is True
     assert server.post("/admin/adapters/idle/unpin").json()["pinned"] is False
     error(server.post("/admin/adapters/nobody/pin"), 404, "adapter_not_found")
@@ -241,7 +259,9 @@ def test_what_an_operator_sees(server: Server, directories: dict[str, Path]) -> 
         assert line in text.splitlines(), line
 
 
-def test_labels_are_bounded(server: Server, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_are_bounded(
+    server: Server, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tokenloom.api.adapter_metrics.MAX_LABELS", 2)
     for i in range(4):
         load(server, f"n{i}", directories["blue"])
@@ -260,7 +280,13 @@ def test_hostile_loads_change_nothing(server: Server, tmp_path: Path, directorie
     before, red = listed(server), answer(server, "red")
     for name in BAD_NAMES:
         error(load(server, name, directories["blue"]), 400, "invalid_value")
-    for path in ("/nowhere", "\0", "x" * 10_000, directories["blue"] / "adapter_config.json", "red/../../..\0"):
+    for path in (
+        "/nowhere",
+        "\0",
+        "x" * 10_000,
+        directories["blue"] / "adapter_config.json",
+        "red/../../..\0",
+    ):
         error(load(server, "x", path), 404, "adapter_not_found")
     bad = tmp_path / "bad"
 
@@ -283,7 +309,13 @@ def test_hostile_loads_change_nothing(server: Server, tmp_path: Path, directorie
     (bad / weights).unlink()
     (bad / weights).symlink_to("/etc/passwd")
     assert "links out" in error(load(server, "red", bad, load_inplace=True), 400, "invalid_adapter")
-    for body in (b"", b"[]", b"{", b'{"lora_name": 5, "lora_path": "x"}', b'{"lora_name": "x", "lora_pth": "y"}'):
+    for body in (
+        b"",
+        b"[]",
+        b"{",
+        b'{"lora_name": 5, "lora_path": "x"}',
+        b'{"lora_name": "x", "lora_pth": "y"}',
+    ):
         assert server.post("/v1/load_lora_adapter", content=body).status_code == 400
     assert listed(server) | {"red": before["red"]} == before
     assert answer(server, "red") == red
@@ -367,7 +399,11 @@ def test_names_outlast_the_server(model: Path, tmp_path: Path, directories: dict
     with serve_model(model, data_dir=str(data)) as server:
         assert list(listed(server)) == ["red"]
         assert answer(server, "red") == red
-        assert len(list((data / "images").iterdir())) == len(list((data / "adapters").glob("*.safetensors"))) == 1
+        assert (
+            len(list((data / "images").iterdir()))
+            == len(list((data / "adapters").glob("*.safetensors")))
+            == 1
+        )
 
 
 def _entries(data: Path) -> Any:
