@@ -115,16 +115,15 @@ class AdapterLibrary:
                 path.unlink(missing_ok=True)
 
     def restore_all(self) -> dict[str, tuple[RegisteredAdapter, PreparedAdapter]]:
-        """What the names of earlier runs stand for. Damaged ones are reported and forgotten; files that belong to
-        no name are removed."""
+        """What the names of earlier runs stand for. One that is damaged, or does not fit this model, is reported and
+        left alone; files that belong to no name are removed."""
         found: dict[str, tuple[RegisteredAdapter, PreparedAdapter]] = {}
         for entry in self.registry.list():
             try:
                 found[entry.name] = entry, self.restore(entry.content_id)
             except TokenloomError as error:
-                log.error("adapter %s is not served any more: %s", entry.name, error)
-                self.registry.remove(entry.name)
-        kept = {entry.content_id for entry, _ in found.values()}
+                log.error("adapter %s is left out: %s", entry.name, error)
+        kept = {entry.content_id for entry in self.registry.list()}
         with self._writing():
             for content in set(self._store.ids()) - kept:
                 self._store.remove(content)

@@ -297,7 +297,8 @@ class AdapterService:
             for name in wanted.forget:
                 del known[name]
                 if self._is_watched(name):
-                    await self.unload(name)
+                    with contextlib.suppress(KeyError), _reported(name):
+                        await self.unload(name)
             self._known = known
 
     async def _follow(self, name: str) -> bool:
