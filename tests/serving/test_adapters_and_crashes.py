@@ -173,3 +173,30 @@ def test_a_queue_full_of_waiting_adapters(tiny_model: Path, tmp_path: Path) -> N
             assert sum(isinstance(one, QueueFull) for one in found) == 3
 
     asyncio.run(run())
+
+
+def test_what_the_engine_has_no_room_for(tiny_model: Path, tmp_path: Path) -> None:
+    """Named at the start: an error. From an earlier run: left out, and the others are served."""
+    large, small = write_adapter(tmp_path / "large", 1, rank=220), write_adapter(tmp_path / "small", 2)
+    data = str(tmp_path / "data")
+
+    async def named() -> None:
+        async with serving(tiny_model, (f"large={large}",), max_adapter_mb=1) as (_, adapters):
+            with pytest.raises(InvalidParameter, match="at most 1024 KiB"):
+                await adapters.confirm()
+
+    async def earlier(max_adapter_mb: int, names: tuple[str, ...]) -> None:
+        async with serving(tiny_model, (f"small={small}",), data_dir=data, max_adapter_mb=max_adapter_mb) as (
+            client,
+            adapters,
+        ):
+            if max_adapter_mb == 0:
+                await adapters.load("large", large)
+            await adapters.confirm()
+            assert adapters.names() == names
+            assert await tokens_of(client, adapters, "small", "r")
+
+    asyncio.run(named())
+    asyncio.run(earlier(0, ("large", "small")))
+    asyncio.run(earlier(1, ("small",)))
+    asyncio.run(earlier(64, ("large", "small")))

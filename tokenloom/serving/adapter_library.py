@@ -71,6 +71,8 @@ class AdapterLibrary:
         self._directory = Path(self._temporary.name if self._temporary else data_dir).expanduser()
         self._images = self._directory / "images"
         try:
+            # The engine is told of files by their paths.
+            os.fspath(self._images).encode()
             self._images.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
