@@ -132,3 +132,13 @@ def test_any_text_gives_a_tree_or_a_named_error(values: dict[str, str]) -> None:
 def test_flags_and_environment_names() -> None:
     entry = next(entry for entry in knobs() if entry.name == "max_batch_tokens")
     assert (entry.flag, entry.env) == ("--max-batch-tokens", "TOKENLOOM_MAX_BATCH_TOKENS")
+
+
+def test_several_texts(tmp_path: Path) -> None:
+    assert make_config(env={"TOKENLOOM_ADAPTER": "a=/x, b=/y,"}).adapters.adapter == ("a=/x", "b=/y")
+    assert make_config({"adapter": ["a=/x,y"]}, env={}).adapters.adapter == ("a=/x,y",)
+    file = tmp_path / "tokenloom.toml"
+    file.write_text('[adapters]\nadapter = ["a=/x"]\n')
+    assert make_config(file=file, env={}).adapters.adapter == ("a=/x",)
+    for bad in (5, [5], {"a": "/x"}, [["a=/x"]]):
+        assert refused(adapter=bad).param == "adapter"

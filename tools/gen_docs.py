@@ -45,7 +45,7 @@ def default(entry: Knob) -> str:
     """The default as a table cell."""
     if entry.type is bool:
         return "on" if entry.default else "off"
-    return f"`{entry.default}`" if entry.default != "" else "(empty)"
+    return f"`{entry.default}`" if entry.default not in ("", ()) else "(empty)"
 
 
 def flag(entry: Knob) -> str:

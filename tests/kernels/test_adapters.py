@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from tokenloom.kernels.adapter_image import (
     page_bytes_for,
     read_blocks,
 )
+from tokenloom.kernels.mapped_file import map_file
 from tokenloom.kernels.native import extension
 from tokenloom.kernels.program import Program
 from tokenloom.models.config import ExpertsConfig
@@ -331,6 +333,30 @@ def test_images_keep_what_they_were_made_of(tmp_path: Path) -> None:
         (tmp_path / "x.image").write_bytes(damaged)
         with pytest.raises(ModelError):
             AdapterImage.open(tmp_path / "x.image")
+
+
+def test_open_images_have_no_file_descriptor(tmp_path: Path) -> None:
+    program = build(CONFIG)
+    make_image(program, make_blocks(program, 1, (4,)), None, "float32", page_bytes=PAGE_BYTES).save(
+        tmp_path / "x"
+    )
+    AdapterImage.open(tmp_path / "x")
+    descriptors = len(os.listdir("/proc/self/fd"))
+    images = [AdapterImage.open(tmp_path / "x") for _ in range(2000)]
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    (tmp_path / "x").unlink()
+    for image in images[::100]:
+        image.will_need(0, image.layout.num_pages)
+        assert image.is_sound()
+        assert not image.pages.flags.writeable
+    part = images[7].pages[0]
+    count = Path("/proc/self/maps").read_text().count(f"{tmp_path}/x")
+    del images, image
+    assert part.any(), "a view keeps its mapping"
+    maps = Path("/proc/self/maps").read_text()
+    assert maps.count(f"{tmp_path}/x") <= 1 < count
+    with pytest.raises(OSError, match="No such file"):
+        map_file(tmp_path / "x")
 
 
 def test_numbers_that_do_not_fit_are_refused() -> None:

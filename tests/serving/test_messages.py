@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokenloom.engine.adapter_pool import AdapterUse
 from tokenloom.engine.plan import StepRecord
 from tokenloom.engine.request import Request, RequestTimings, SequenceDelta, TokenLogprobs
 from tokenloom.engine.sampling_params import SamplingParams
@@ -26,15 +27,21 @@ from tokenloom.serving.client import ModelCard
 from tokenloom.serving.messages import (
     MAX_FRAME_BYTES,
     MAX_REQUEST_ID_CHARS,
+    AdapterDone,
+    AdapterFailed,
     Add,
     Cancel,
     Command,
     Event,
     Fatal,
+    LoadAdapter,
     Loading,
+    PinAdapter,
     ProtocolError,
     Ready,
+    ReportAdapters,
     RequestFailed,
+    RetireAdapter,
     Shutdown,
     Stepped,
     decode_command,
@@ -106,7 +113,16 @@ def test_commands_survive_the_wire() -> None:
         bad_word_ids=((1, 2), (3,)),
         arrival=2.5,
     )
-    for command in (Add(request), Cancel("r"), Shutdown()):
+    commands: tuple[Command, ...] = (
+        Add(request),
+        Cancel("r"),
+        LoadAdapter(1, "a", "b"),
+        RetireAdapter("a"),
+        PinAdapter(2, "a", True),
+        ReportAdapters(3),
+        Shutdown(),
+    )
+    for command in commands:
         assert decode_command(encode(command)) == command
 
 
@@ -117,6 +133,9 @@ def test_commands_survive_the_wire() -> None:
         Ready(CARD),
         Stepped([_delta(1), _delta(2, last=True)], [_record(1), _record(2)]),
         RequestFailed("r", error_body(QueueFull(3, 1.5))),
+        AdapterDone(4),
+        AdapterDone(5, [AdapterUse("a", 1 << 40, 2, 1, 0.5, True)]),
+        AdapterFailed(6, "a", error_body(ModelError("this", "that"))),
         Fatal(error_body(ModelError("this", "that")), retry=False),
     ],
 )

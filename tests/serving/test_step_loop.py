@@ -9,14 +9,20 @@ import pytest
 
 from tests.serving.helpers import alone, request, simulated_parts
 from tokenloom.engine.plan import StepRecord
-from tokenloom.errors import InvalidParameter
+from tokenloom.errors import InvalidParameter, UnsupportedFeature
 from tokenloom.serving import messages
 from tokenloom.serving.messages import (
+    AdapterDone,
+    AdapterFailed,
     Add,
     Command,
     Event,
+    LoadAdapter,
+    PinAdapter,
     ProtocolError,
+    ReportAdapters,
     RequestFailed,
+    RetireAdapter,
     Shutdown,
     Stepped,
     encode,
@@ -88,3 +94,29 @@ def test_a_request_that_fits_no_frame_fails_alone(tokenizer_directory: Path) -> 
     for name in ("a", "b"):
         assert tokens_of(events, name) == alone(tokenizer_directory, request(name))[0]
     assert not tokens_of(events[events.index(failure) :], "long")
+
+
+def test_an_executor_without_adapters_refuses_them(tokenizer_directory: Path) -> None:
+    """By name, one command at a time; requests go on."""
+    with_adapter = request("adapted")
+    with_adapter.adapter = "a"
+    events = run(
+        tokenizer_directory,
+        [
+            LoadAdapter(1, "a", "/nowhere"),
+            PinAdapter(2, "a", on=True),
+            PinAdapter(3, "a", on=False),
+            RetireAdapter("a"),
+            ReportAdapters(4),
+            Add(with_adapter),
+            Add(request("base")),
+        ],
+    )
+    failed = {event.ticket: event.error for event in events if isinstance(event, AdapterFailed)}
+    assert isinstance(rebuild_error(failed[1]), UnsupportedFeature)
+    assert isinstance(rebuild_error(failed[2]), InvalidParameter)
+    assert [event for event in events if isinstance(event, AdapterDone)] == [AdapterDone(3), AdapterDone(4)]
+    (refused,) = (event for event in events if isinstance(event, RequestFailed))
+    assert refused.request_id == "adapted"
+    assert "an adapter that is loaded" in refused.error.message
+    assert tokens_of(events, "base") == alone(tokenizer_directory, request("base"))[0]

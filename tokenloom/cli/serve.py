@@ -103,15 +103,21 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-async def _announce(client: ProcessEngineClient, server: Server, url: str, has_key: bool) -> None:
+async def _announce(
+    client: ProcessEngineClient, adapters: AdapterService, server: Server, url: str, has_key: bool
+) -> None:
     """Print how to use the server once it serves; end it when the engine cannot be started."""
     try:
         await client.wait_ready()
+        await adapters.confirm()
     except EngineDead as error:
         server.should_exit = True
         if client.state == "stopped":
             return
         raise TokenloomError(client.failure or str(error)) from None
+    except TokenloomError:
+        server.should_exit = True
+        raise
     while not server.started:
         await asyncio.sleep(0.02)
     _say(f"ready: {url} (API documentation at {url}/docs)")
@@ -137,7 +143,7 @@ async def _serve(config: Config, library: AdapterLibrary, listener: socket.socke
     server = Server(settings, client)
     url = base_url(listener)
     _say(f"listening on {url}")
-    announcement = asyncio.create_task(_announce(client, server, url, bool(config.server.api_key)))
+    announcement = asyncio.create_task(_announce(client, adapters, server, url, bool(config.server.api_key)))
     try:
         await server.serve(sockets=[listener])
     finally:

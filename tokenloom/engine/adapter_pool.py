@@ -38,7 +38,7 @@ class AdapterSource(Protocol):
         """Nobody has `slot` any more (-1: nobody ever had one); the pages, some of them filled, go back."""
 
     def forget(self, adapter: str) -> None:
-        """Nobody will ask for the adapter again."""
+        """Nobody will ask for the adapter again; it may be unknown."""
 
 
 @dataclass(slots=True)
@@ -392,4 +392,4 @@ class NoAdapters:
         raise KeyError(slot)
 
     def forget(self, adapter: str) -> None:
-        raise KeyError(adapter)
+        """Nothing."""

@@ -11,7 +11,6 @@ crosses the end of a page, so that pages may lie anywhere. Ranks are not padded 
 
 from __future__ import annotations
 
-import mmap
 import os
 import tempfile
 import zlib
@@ -26,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenloom.errors import ModelError
+from tokenloom.kernels.mapped_file import map_file, read_ahead
 from tokenloom.kernels.program import Embed, Linear, Program
 
 PAGE_BYTES: Final = 64 << 10
@@ -103,11 +103,11 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterImage:
-    """`pages` uint8 [num_pages, page_bytes]; of a file that was opened, a view of its `mapping`."""
+    """`pages` uint8 [num_pages, page_bytes]; `is_mapped`: a view of a file that was opened."""
 
     layout: Layout
     pages: NDArray[np.uint8]
-    mapping: mmap.mmap | None = None
+    is_mapped: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -119,9 +119,8 @@ class AdapterImage:
 
     def will_need(self, first: int, count: int) -> None:
         """Have the system read these pages of the file ahead, without waiting for it."""
-        if self.mapping is not None and count and hasattr(mmap, "MADV_WILLNEED"):
-            start = len(self.mapping) - self.num_bytes + first * self.layout.page_bytes
-            self.mapping.madvise(mmap.MADV_WILLNEED, start, count * self.layout.page_bytes)
+        if self.is_mapped:
+            read_ahead(self.pages[first : first + count])
 
     def save(self, path: Path) -> None:
         """Write the image to `path`, all or nothing. Raises OSError."""
@@ -155,11 +154,11 @@ class AdapterImage:
                 count = layout.num_pages * layout.page_bytes
                 if layout.num_pages < 0 or layout.page_bytes < 1 or start + count != size:
                     raise ValueError(f"{size} bytes instead of {start + count}")
-                mapping = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
-            pages = np.frombuffer(mapping, np.uint8, count, start).reshape(-1, layout.page_bytes)
+            # Nobody makes images shorter: they are replaced as a whole.
+            pages = map_file(path)[start:].reshape(layout.num_pages, layout.page_bytes)
         except (OSError, ValueError, msgspec.DecodeError) as error:
             raise ModelError(f"{path}: {error}", "an adapter image as it was written") from None
-        return cls(layout, pages, mapping)
+        return cls(layout, pages, is_mapped=True)
 
 
 def page_bytes_for(program: Program, dtype: str) -> int:

@@ -71,6 +71,8 @@ class AdapterLibrary:
         self._directory = Path(self._temporary.name if self._temporary else data_dir).expanduser()
         self._images = self._directory / "images"
         try:
+            # The engine is told of files by their paths.
+            os.fspath(self._images).encode()
             self._images.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -115,16 +117,15 @@ class AdapterLibrary:
                 path.unlink(missing_ok=True)
 
     def restore_all(self) -> dict[str, tuple[RegisteredAdapter, PreparedAdapter]]:
-        """What the names of earlier runs stand for. Damaged ones are reported and forgotten; files that belong to
-        no name are removed."""
+        """What the names of earlier runs stand for. One that is damaged, or does not fit this model, is reported and
+        left alone; files that belong to no name are removed."""
         found: dict[str, tuple[RegisteredAdapter, PreparedAdapter]] = {}
         for entry in self.registry.list():
             try:
                 found[entry.name] = entry, self.restore(entry.content_id)
             except TokenloomError as error:
-                log.error("adapter %s is not served any more: %s", entry.name, error)
-                self.registry.remove(entry.name)
-        kept = {entry.content_id for entry, _ in found.values()}
+                log.error("adapter %s is left out: %s", entry.name, error)
+        kept = {entry.content_id for entry in self.registry.list()}
         with self._writing():
             for content in set(self._store.ids()) - kept:
                 self._store.remove(content)

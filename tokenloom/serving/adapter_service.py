@@ -108,6 +108,7 @@ class AdapterService:
         self._uses: dict[str, AdapterUse] = {}
         self._known: Scan = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     # --- who there is ------------------------------------------------------------------------------------
 
@@ -147,7 +148,9 @@ class AdapterService:
         if library is None:
             return
         for entry, prepared in library.restore_all().values():
-            self._served[entry.name] = ServedAdapter(entry, prepared)
+            with _reported(entry.name):
+                check_adapter_name(entry.name, self._model)
+                self._served[entry.name] = ServedAdapter(entry, prepared)
         for name, directory in map(split_option, self._options.adapter):
             self._take(library, name, directory)
         if self._options.adapter_dir:
@@ -161,6 +164,20 @@ class AdapterService:
                     del self._served[name]
         for served in self._served.values():
             self._client.adapters.expect(served.content_id, served.prepared.image)
+
+    async def confirm(self) -> None:
+        """Wait until the first engine has answered for what `load_configured` found. Raises what it says of an
+        adapter that was named in the options; others that it does not take are reported and left out."""
+        await self._client.adapters.uses()
+        named = {name for name, _ in map(split_option, self._options.adapter)}
+        for name in self.names():
+            error = self._client.adapters.refusal(self._served[name].content_id)
+            if error is None:
+                continue
+            if name in named:
+                raise error
+            log.error("adapter %s is left out: %s", name, error)
+            del self._served[name]
 
     def _take(self, library: AdapterLibrary, name: str, directory: str) -> None:
         check_adapter_name(name, self._model)
@@ -181,8 +198,7 @@ class AdapterService:
             check_adapter_name(name, self._model)
             prepared, base = await self._in_worker(library.prepare, directory)
             try:
-                if not self._is_held(prepared.content_id):
-                    await self._client.adapters.load(prepared.content_id, prepared.image)
+                await self._client.adapters.load(prepared.content_id, prepared.image)
                 entry = await self._in_worker(_register, library, name, prepared, directory, base)
             except BaseException:
                 await self._drop(prepared.content_id)
@@ -195,7 +211,7 @@ class AdapterService:
                 served.num_requests, served.last_used = before.num_requests, before.last_used
                 await self._leave(before)
                 if before.pinned:
-                    with _reported(name):
+                    with contextlib.suppress(EngineDead), _reported(name):
                         await self._set_pin(served, on=True)
             return served
 
@@ -271,6 +287,9 @@ class AdapterService:
             self._start(self._watch())
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        if self._closed:
+            work.close()
+            return
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -297,7 +316,8 @@ class AdapterService:
             for name in wanted.forget:
                 del known[name]
                 if self._is_watched(name):
-                    await self.unload(name)
+                    with contextlib.suppress(KeyError), _reported(name):
+                        await self.unload(name)
             self._known = known
 
     async def _follow(self, name: str) -> bool:
@@ -320,6 +340,7 @@ class AdapterService:
 
     async def close(self) -> None:
         """Stop watching; the library is not used any more."""
+        self._closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

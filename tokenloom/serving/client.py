@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 from tokenloom.engine.adapter_pool import AdapterUse
 from tokenloom.engine.plan import StepRecord
 from tokenloom.engine.request import Request, SequenceDelta
+from tokenloom.errors import TokenloomError
 from tokenloom.text.tokenizer import Tokenizer
 
 EngineState = Literal["loading", "ready", "restarting", "failed", "stopped"]
@@ -39,6 +40,9 @@ class AdapterControl(Protocol):
 
     def expect(self, content_id: str, image: Path) -> None:
         """Have each engine to come told of the adapter whose image is at `image`."""
+
+    def refusal(self, content_id: str) -> TokenloomError | None:
+        """Why an engine did not take the adapter when it was told of it again; None if it did."""
 
     async def load(self, content_id: str, image: Path) -> None:
         """Let requests have the adapter whose image is at `image`. Raises what the engine found wrong with it, or

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tokenloom.engine.adapter_pool import AdapterUse
-from tokenloom.errors import EngineDead
+from tokenloom.errors import EngineDead, TokenloomError
 from tokenloom.serving.messages import (
     AdapterDone,
     AdapterFailed,
@@ -38,6 +38,7 @@ class EngineAdapters:
 
     def __init__(self, send: Callable[[Command], None], why_not: Callable[[], str]) -> None:
         self._images: dict[str, Path] = {}
+        self._refusals: dict[str, TokenloomError] = {}
         self._pinned: set[str] = set()
         self._send = send
         self._why_not = why_not
@@ -46,6 +47,7 @@ class EngineAdapters:
 
     def tell_again(self) -> None:
         """Tell a new engine everything, before its first request."""
+        self._refusals.clear()
         # If it has just ended too, that will be noticed.
         with contextlib.suppress(EngineDead):
             for content_id, image in self._images.items():
@@ -57,11 +59,16 @@ class EngineAdapters:
         """Have each engine to come told of the adapter whose image is at `image`."""
         self._images[content_id] = image
 
+    def refusal(self, content_id: str) -> TokenloomError | None:
+        """Why the engine did not take the adapter when it was told of it again; None if it did."""
+        return self._refusals.get(content_id)
+
     async def load(self, content_id: str, image: Path) -> None:
         """Let requests have the adapter whose image is at `image`. Raises what the engine found wrong with it, or
         `EngineDead`; it is then unknown as before."""
         await self._ask(lambda ticket: LoadAdapter(ticket, content_id, str(image)))
         self._images[content_id] = image
+        self._refusals.pop(content_id, None)
 
     async def pin(self, content_id: str, on: bool) -> None:
         """Keep the adapter in the pool, or no longer. Raises as `Engine.pin_adapter`, or `EngineDead`."""
@@ -104,6 +111,7 @@ class EngineAdapters:
             if event.ticket == _NOBODY:
                 # A new engine does not take what the last one took: requests with it will say so.
                 log.error("adapter %s: %s", event.content_id, error)
+                self._refusals[event.content_id] = error
             elif answer is not None and not answer.done():
                 answer.set_exception(error)
         elif answer is not None and not answer.done():

@@ -42,8 +42,12 @@ class LocalAdapters:
         check_adapter_name(name, self._model)
         library = self._open()
         prepared, base = library.prepare(directory)
-        self._offer(prepared)
-        library.registry.set(name, prepared.content_id, source=os.fspath(directory), base_model_name=base)
+        try:
+            self._offer(prepared)
+            library.registry.set(name, prepared.content_id, source=os.fspath(directory), base_model_name=base)
+        except BaseException:
+            self._drop(prepared)
+            raise
         before, self._names[name] = self._names.get(name), prepared
         self._drop(before)
 
