@@ -13,6 +13,7 @@ from tokenloom.kernels.builder import ProgramBuilder
 from tokenloom.kernels.program import (
     Attention,
     BufferSpec,
+    Cast,
     Embed,
     Experts,
     KVGeometry,
@@ -50,6 +51,28 @@ def drop(kind: type[Any]) -> Callable[[Program], Program]:
     def apply(program: Program) -> Program:
         index = next(i for i, op in enumerate(program.ops) if isinstance(op, kind))
         return replace(program, ops=program.ops[:index] + program.ops[index + 1 :])
+
+    return apply
+
+
+def after(kind: type[Any], op: Op) -> Callable[[Program], Program]:
+    """Put `op` behind the first op of a kind."""
+
+    def apply(program: Program) -> Program:
+        index = next(i for i, found in enumerate(program.ops) if isinstance(found, kind))
+        return replace(program, ops=(*program.ops[: index + 1], op, *program.ops[index + 1 :]))
+
+    return apply
+
+
+def reorder(name: str) -> Callable[[Program], Program]:
+    """Say that the columns of a weight lie in an order."""
+
+    def apply(program: Program) -> Program:
+        specs = [
+            replace(spec, input_order="order") if spec.name == name else spec for spec in program.weights
+        ]
+        return replace(program, weights=tuple(specs))
 
     return apply
 
@@ -94,6 +117,8 @@ ILLEGAL_EXPERTS = [
     (change(Experts, epilogue="relu"), "epilogue is relu"),
     (change(Experts, source="x"), "must be an activation"),
     (change(Experts, out="normed"), "must be float32"),
+    (after(Route, Cast("scores", "routes")), "no choice of 4"),
+    (reorder("model.layers.0.mlp.experts.3.down_proj.weight"), "columns in another order"),
 ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tests.models.hf_fixtures import llama_tensors
+from tests.models.hf_fixtures import MIXTRAL, llama_tensors, mixtral_tensors
 from tests.models.quantized_fixtures import CONFIG, Tensors, is_linear
 from tests.quantization.compressed import compress, torch
 from tests.quantization.packers import pack_gptq, random_parts
@@ -19,6 +19,7 @@ Linear = Callable[[np.ndarray, int], tuple[Tensors, np.ndarray]]
 
 # More than one group of 32 in each row.
 BASE = CONFIG | {"hidden_size": 64, "intermediate_size": 96, "torch_dtype": "bfloat16"}
+EXPERTS = BASE | MIXTRAL
 Q32 = {"strategy": "group", "group_size": 32}
 
 
@@ -111,16 +112,42 @@ STORED: dict[str, Stored] = {
 
 
 def make_stored(
-    stored: Stored, keep: Callable[[str], bool] = lambda name: False, seed: int = 0
+    stored: Stored,
+    keep: Callable[[str], bool] = lambda name: False,
+    seed: int = 0,
 ) -> tuple[Tensors, Tensors, dict[str, Any]]:
     """Tensors of the checkpoint, of its float twin, and the config; `keep` names linears left alone."""
+    packed, plain = _stored(
+        stored, llama_tensors(BASE, "bfloat16", seed), lambda n: is_linear(n) and not keep(n)
+    )
+    return packed, plain, BASE | {"quantization_config": dict(stored.written)}
+
+
+def make_experts(
+    stored: Stored, keep: Callable[[str], bool] = lambda name: False
+) -> tuple[Tensors, Tensors, dict[str, Any]]:
+    """Likewise of a Mixtral, whose routers are left alone as its config says."""
+    packed, plain = _stored(
+        stored,
+        mixtral_tensors(EXPERTS, "bfloat16"),
+        lambda name: (is_linear(name) or ".experts." in name) and not keep(name),
+    )
+    written = dict(stored.written)
+    field, router = (
+        ("ignore", "re:.*gate$") if "ignore" in written else ("modules_to_not_convert", "moe.gate")
+    )
+    written[field] = ["lm_head", router]
+    return packed, plain, EXPERTS | {"quantization_config": written}
+
+
+def _stored(stored: Stored, tensors: Tensors, chosen: Callable[[str], bool]) -> tuple[Tensors, Tensors]:
     packed: Tensors = {}
     plain: Tensors = {}
-    for i, (name, tensor) in enumerate(llama_tensors(BASE, "bfloat16", seed).items()):
-        if not is_linear(name) or keep(name):
+    for i, (name, tensor) in enumerate(tensors.items()):
+        if not chosen(name):
             packed[name] = plain[name] = tensor
             continue
         parts, values = stored.make(tensor.astype(np.float32), i)
         packed |= {f"{name.removesuffix('.weight')}.{part}": value for part, value in parts.items()}
         plain[name] = values
-    return packed, plain, BASE | {"quantization_config": dict(stored.written)}
+    return packed, plain

@@ -110,6 +110,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Moe",
         {"num_experts": 6, "num_experts_per_tok": 6, "moe_intermediate_size": 40, "decoder_sparse_step": 2},
     ),
+    "qwen3 moe, windows": (
+        "Qwen3Moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 40,
+            "use_sliding_window": True,
+            "sliding_window": 50,
+            "max_window_layers": 2,
+        },
+    ),
     "olmoe": ("Olmoe", {"num_experts": 17, "num_experts_per_tok": 4, "intermediate_size": 28}),
     "phi3": ("Phi3", {"sliding_window": 130}),
     "phi3, partial": ("Phi3", {"hidden_size": 64, "partial_rotary_factor": 0.75}),

@@ -30,7 +30,7 @@ COLUMNS = {
 
 
 def table() -> str:
-    """One row a family; a mark where all its lines passed."""
+    """One row a family; a mark where all its lines passed, and there are any."""
     lines = [
         "| family | " + " | ".join(COLUMNS.values()) + " |",
         "|---" * (1 + len(COLUMNS)) + "|",
@@ -41,7 +41,7 @@ def table() -> str:
             for name, (kind, _) in families.FAMILIES.items()
             if families.architecture(kind) == family.architecture
         ]
-        marks = ["yes" if all(CELLS.get((name, c)) for name in names) else "no" for c in COLUMNS]
+        marks = ["yes" if names and all(CELLS.get((name, c)) for name in names) else "no" for c in COLUMNS]
         lines.append(f"| `{family.architecture}` | " + " | ".join(marks) + " |")
     return "\n".join(lines) + "\n"
 

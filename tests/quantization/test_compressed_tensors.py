@@ -311,6 +311,10 @@ def test_weights_that_are_refused(layout: str, weights: dict[str, Any], named: s
         ({"config_groups": {"g": {"targets": [3]}}}, "config_groups.g.targets = "),
         ({"config_groups": {"g": {"targets": ["re:("]}}}, "a regular expression"),
         ({"config_groups": {str(i): {} for i in range(65)}}, "1 to 64 groups"),
+        (
+            {"config_groups": {str(i): {"targets": [f"re:a{j}" for j in range(600)]} for i in range(2)}},
+            "at most 1000 patterns",
+        ),
         ({"ignore": [f"re:x{i}" for i in range(1001)]}, "at most 1000 patterns"),
         ({"ignore": "lm_head"}, "ignore = 'lm_head'"),
         ({"ignore": ["re:(a+)+$"]}, "ignore = .*at most 5 repeats"),

@@ -124,6 +124,7 @@ def test_gptq_of_some_modules() -> None:
         ({"quant_method": "compressed-tensors", "bits": 4}, "without quantization_config.config_groups"),
         (FP8 | {"weight_block_size": [128]}, r"weight_block_size = \[128\]"),
         (FP8 | {"weight_block_size": [0, 128]}, r"weight_block_size = \[0, 128\]"),
+        (FP8 | {"weight_block_size": [128, 10**30]}, r"weight_block_size = \[128, 10{30}\]"),
         (FP8 | {"weight_block_size": 128}, "weight_block_size = 128"),
         (FP8 | {"activation_scheme": "other"}, "activation_scheme = 'other'"),
         (FP8 | {"fmt": "e3m4"}, "fmt = 'e3m4'"),

@@ -345,6 +345,7 @@ def test_numbers_and_fields_of_other_versions_are_read() -> None:
         ({"kinds": ["normal", "normal"]}, "unknown characters"),
         ({"kinds": ["byte", "unknown"]}, "1 byte pieces"),
         ({"pieces": ["a", "a"]}, "piece 'a' twice"),
+        ({"pieces": ["a" * 100_000, "b"]}, "a piece of 100000 characters"),
         ({"scores": [0.0]}, "1 scores"),
         ({"pieces": [], "scores": [], "kinds": []}, "0 pieces"),
     ],
@@ -379,6 +380,8 @@ def test_byte_level_input_that_is_refused() -> None:
         byte_level_bpe({"a": 0}, [("a", "b")], "gpt2")
     with pytest.raises(ModelError, match="pre-tokenizer 'bert'"):
         byte_level_bpe({"a": 0}, [], "bert")  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="a piece of 100000 characters"):
+        vocabulary_of_ranks({b"a" * 100_000: 0})
     backend = byte_level_bpe({"a": 0}, [], "gpt2")
     with pytest.raises(ModelError, match="'<s>' to put around"):
         put_around(backend, "<s>", None)

@@ -81,6 +81,9 @@ HOSTILE = {
     "batch": "{{ [1] | batch(9999999999, 0) | list }}",
     "slice": "{{ [1] | slice(9999999999) | list }}",
     "round": "{{ 1 | round(9999999999, 'ceil') }}",
+    "round up": "{{ 1.5 | round(16000000, 'ceil') }}",
+    "round to tens": "{{ 15 | round(-100000000) }}",
+    "round by name": "{{ 15 | round(precision=-100000000) }}",
     "slices": (
         "{% set x = 'x' * 9999999 %}{% for i in range(99999) %}{% for j in range(99) %}{% set y = x[1:] %}"
         "{% endfor %}{% endfor %}"

@@ -338,6 +338,37 @@ def test_malformed_directories(
     assert found in str(caught.value)
 
 
+NO_UNITS = {"type": "Precompiled", "precompiled_charsmap": "AAAAAGFiYw=="}
+LONE = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<x>", "type_id": 0}}], "pair": []}
+PANICS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a character map without units": lambda file: file.update(normalizer=NO_UNITS),
+    "a template of tokens that are not there": lambda file: file.update(
+        post_processor={**LONE, "special_tokens": {}}
+    ),
+    "a prefix longer than the parts of merges": lambda file: file["model"].update(
+        continuing_subword_prefix="x" * 40
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PANICS)
+def test_files_at_which_the_library_panics(tiny_dir: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_dir, folder)
+    file = json.loads((folder / "tokenizer.json").read_text())
+    PANICS[name](file)
+    write_json(folder / "tokenizer.json", file)
+    with pytest.raises(ModelError, match="fails inside its library"):
+        Tokenizer.from_dir(folder)
+
+
+def test_a_panic_at_a_text(tiny_dir: Path) -> None:
+    tokenizer = Tokenizer.from_dir(tiny_dir)
+    tokenizer._backend.normalizer = tokenizers.normalizers.Precompiled(b"\0\0\0\0abc")
+    with pytest.raises(ModelError, match="fails inside its library"):
+        tokenizer.encode("a")
+
+
 def test_missing_directories(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no directory"):
         Tokenizer.from_dir(tmp_path / "absent")

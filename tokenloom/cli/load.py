@@ -21,6 +21,7 @@ from rich.table import Table
 
 from tokenloom.bench.load.metrics import Report, summarize
 from tokenloom.bench.load.options import LoadOptions, SweepOptions, pairs
+from tokenloom.bench.load.report import milliseconds
 from tokenloom.errors import InvalidParameter, UnsupportedFeature
 
 INTERRUPTED = 130
@@ -48,12 +49,23 @@ class Output:
                     option = "--" + name.replace("_", "-")
                     raise InvalidParameter(option, getattr(self, name), "given together with --save-result")
         # Found out before an hour of load, not after it.
+        if "/" in self.label and not self.result_filename:
+            raise InvalidParameter("--label", self.label, "without a slash: it begins the name of the file")
+        if Path(self.result_filename).name != self.result_filename:
+            raise InvalidParameter("--result-filename", self.result_filename, "a name, in --result-dir")
+        for path, option in ((self.plot, "--plot"), (self._named, "--result-filename")):
+            if path is not None and path.is_dir():
+                raise InvalidParameter(option, str(path), "a file, not a directory")
         folders = [] if self.plot is None else [(self.plot.parent, "--plot")]
         if self.save_result:
             folders.append((Path(self.result_dir or "."), "--result-dir"))
         for folder, option in folders:
             if not folder.is_dir() or not os.access(folder, os.W_OK):
                 raise InvalidParameter(option, str(folder), "in a directory that can be written to")
+
+    @property
+    def _named(self) -> Path | None:
+        return Path(self.result_dir or ".") / self.result_filename if self.result_filename else None
 
 
 def need(module: str, what: str) -> None:
@@ -258,7 +270,7 @@ def _probe_table(probes: Any, variable: str, attainment: float) -> Table:
             f"{probe.attainment:.1%}",
             "yes" if probe.attainment >= attainment else "no",
             f"{report.total_output_tokens / max(report.duration, 1e-9):,.1f}",
-            *("–" if value is None else f"{value * 1e3:,.2f}" for value in (*values, lag)),
+            *("–" if value is None else milliseconds(value) for value in (*values, lag)),
         )
     return table
 
@@ -275,7 +287,7 @@ def _settings(options: LoadOptions, output: Output, model: str) -> dict[str, Any
         "tokenizer_id": options.tokenizer or None,
         "num_prompts": options.num_prompts,
         "request_rate": None if rate is None else "inf" if rate == inf else rate,
-        "burstiness": options.burstiness,
+        "burstiness": "inf" if options.burstiness == inf else options.burstiness,
         "max_concurrency": options.max_concurrency or None,
         "trace": options.trace or None,
         "speed": options.speed,

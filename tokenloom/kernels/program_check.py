@@ -66,6 +66,7 @@ class _Checker:
             raise ValueError(f"buffer {name} is {self.width(name)} wide, but {width} is written")
         self.written.add(name)
         self.gathered.pop(name, None)
+        self.routed.pop(name, None)
 
     def width(self, name: str) -> int:
         if name not in self.widths:
@@ -191,7 +192,8 @@ class _Checker:
         self.routed[op.out] = self.width(op.source)
 
     def experts(self, op: Experts) -> None:
-        if self.read(op.routes) and self.routed.get(op.routes) != len(op.gate_up):
+        self.read(op.routes)
+        if self.routed.get(op.routes) != len(op.gate_up):
             raise ValueError(f"{op.routes} is no choice of {len(op.gate_up)} experts")
         if len(op.down) != len(op.gate_up) or op.epilogue not in PAIRED:
             raise ValueError(f"experts over {op.source} lack a weight, or their epilogue is {op.epilogue}")
@@ -204,6 +206,9 @@ class _Checker:
             raise ValueError(f"experts over {op.source} are of different sizes, or no gate and up pairs")
         for name in op.down:
             self.weight(name, self.read(op.out), hidden // 2)
+        for name in (*op.gate_up, *op.down):
+            if self.input_orders[name] is not None:
+                raise ValueError(f"weight {name} of an expert has its columns in another order")
 
     def heads(self, op: RopeStore | Attention) -> None:
         if (op.num_kv_heads, op.head_dim) != (self.kv.num_kv_heads, self.kv.head_dim):

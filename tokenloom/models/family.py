@@ -74,6 +74,15 @@ def read_activation(written: Fields, name: str, default: str) -> Activation:
     return _ACTIVATIONS[found]
 
 
+def sliding_everywhere(written: Fields, config: ModelConfig) -> tuple[int | None, ...]:
+    """The window of each layer where transformers knows one for all and reads no `layer_types`; empty without one.
+
+    Raises `ModelError`.
+    """
+    window = written.optional_integer("sliding_window", 1, 1 << 26)
+    return () if window is None else (window,) * config.num_layers
+
+
 def read_experts(
     written: Fields, *, width: str, normalized: bool, dense_layers: frozenset[int] = frozenset()
 ) -> ExpertsConfig:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from tokenloom.kernels.program import Program
 from tokenloom.models import decoder
 from tokenloom.models.config import ModelConfig
-from tokenloom.models.family import Family, read_experts, sliding_layers
+from tokenloom.models.family import Family, read_experts, sliding_everywhere
 from tokenloom.models.json_fields import Fields
 
 
@@ -19,7 +19,7 @@ def build(config: ModelConfig) -> Program:
 def _read(written: Fields, config: ModelConfig) -> ModelConfig:
     return replace(
         config,
-        windows=sliding_layers(written, config),
+        windows=sliding_everywhere(written, config),
         experts=read_experts(written, width="intermediate_size", normalized=True),
     )
 

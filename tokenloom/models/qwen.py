@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tokenloom.models import decoder
 from tokenloom.models.config import ModelConfig
-from tokenloom.models.family import Family, read_experts, sliding_layers
+from tokenloom.models.family import Family, read_experts, sliding_everywhere, sliding_layers
 from tokenloom.models.json_fields import Fields
 
 _DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
@@ -46,7 +46,10 @@ def _read_qwen3_moe(written: Fields, config: ModelConfig) -> ModelConfig:
         normalized=written.flag("norm_topk_prob", False),
         dense_layers=frozenset(dense),
     )
-    return replace(_read_qwen3(written, config), experts=experts)
+    # transformers reads no max_window_layers here.
+    slides = written.flag("use_sliding_window", False)
+    windows = sliding_everywhere(written, config) if slides else ()
+    return replace(_read_qwen3(written, config), experts=experts, windows=windows)
 
 
 QWEN2 = Family(

@@ -324,6 +324,8 @@ def check_weights(program: Program, checkpoint: WeightFiles) -> None:
             used.update(checkpoint.source_tensors(source))
         if _is_present(spec, checkpoint):
             problems += _spec_problems(spec, checkpoint, rows.get(spec.name), spec.name in quantizable)
+    if not problems:
+        problems += _expert_problems(program, checkpoint)
     for name in checkpoint.names:
         if name in used or name.endswith(_IGNORED_SUFFIX) or _is_empty_bias(name, checkpoint):
             continue
@@ -408,6 +410,29 @@ def _kind_problems(source: str, checkpoint: WeightFiles, quantizable: bool) -> l
     except ModelError as error:
         return [f"{error.found} instead of {error.supported}"]
     return []
+
+
+def _expert_problems(program: Program, checkpoint: WeightFiles) -> list[str]:
+    """One product runs over the experts of a layer: they are all in 8 bits, in the same 4 bits, or in floats."""
+    sources = {spec.name: spec.sources for spec in program.weights}
+
+    def form(weight: str) -> tuple[str, int]:
+        forms = {checkpoint.source_form(source) for source in sources[weight]}
+        # What is not alike within a stack is unpacked to floats, as it is packed.
+        alone = forms.pop() if len(forms) == 1 else ("float", 0)
+        return ("float", 0) if alone[0] in _FLOATS else alone
+
+    problems: list[str] = []
+    for op in program.ops:
+        for names in (op.gate_up, op.down) if isinstance(op, Experts) else ():
+            first = form(names[0])
+            other = next((name for name in names if form(name) != first), None)
+            if other is not None:
+                problems.append(
+                    f"{sources[other][0]} stored as {form(other)[0]} and {sources[names[0]][0]} as {first[0]}: "
+                    "the experts of a layer must be alike"
+                )
+    return problems
 
 
 def _stack_to(shapes: list[tuple[int, ...]], wanted: tuple[int, ...]) -> bool:

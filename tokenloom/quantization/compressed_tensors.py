@@ -229,6 +229,10 @@ def parse(written: Written) -> list[tuple[Selection, LinearFormat]]:
     if not 0 < len(groups.data) <= _MAX_GROUPS:
         written.refuse("config_groups", f"1 to {_MAX_GROUPS} groups")
     targets = {name: _targets(groups.inner(name), "targets") for name in groups.data}
+    # Every pattern is tried on every linear.
+    num_patterns = sum(target.startswith(PATTERN) for found in targets.values() for target in found)
+    if num_patterns > _MAX_PATTERNS:
+        written.refuse("config_groups", f"targets with at most {_MAX_PATTERNS} patterns")
     result: list[tuple[Selection, LinearFormat]] = []
     for name, own in targets.items():
         others = itertools.chain.from_iterable(found for other, found in targets.items() if other != name)

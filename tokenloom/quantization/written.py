@@ -8,6 +8,9 @@ from typing import Any, NoReturn
 from tokenloom.errors import ModelError
 from tokenloom.quantization.packed_parts import GROUP_STEP
 
+_MAX_SIZE = 1 << 20
+"""Above every published group or block; a linear has no more inputs."""
+
 
 class Written:
     """One object in `file` at `path`, such as "quantization_config". Every method raises `ModelError` with the
@@ -41,7 +44,7 @@ class Written:
     def group(self) -> int:
         """The group size; 0 for all inputs, which is written as -1."""
         group = self.data.get("group_size")
-        if type(group) is not int or (group != -1 and (group < 1 or group % GROUP_STEP or group > 1 << 20)):
+        if type(group) is not int or (group != -1 and (group < 1 or group % GROUP_STEP or group > _MAX_SIZE)):
             self.refuse("group_size", f"a multiple of {GROUP_STEP}, or -1 (one group a row)")
         return max(group, 0)
 
@@ -75,10 +78,14 @@ class Written:
             self.refuse(name, reason)
 
     def pair(self, name: str) -> tuple[int, int]:
-        """Two sizes from 1."""
+        """Two sizes from 1 to `_MAX_SIZE`."""
         value = self.data.get(name)
-        if not isinstance(value, list) or len(value) != 2 or any(type(v) is not int or v < 1 for v in value):
-            self.refuse(name, "two sizes, [outputs, inputs]")
+        if (
+            not isinstance(value, list)
+            or len(value) != 2
+            or any(type(v) is not int or not 1 <= v <= _MAX_SIZE for v in value)
+        ):
+            self.refuse(name, f"two sizes from 1 to {_MAX_SIZE}, [outputs, inputs]")
         return value[0], value[1]
 
 

@@ -6,7 +6,7 @@ decode with the steps that `tokenloom.text.pieces` joins exactly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, get_args
 
 import tokenizers
@@ -37,6 +37,7 @@ _EXPRESSIONS: Mapping[PreTokenizerKind, str] = {
 }
 # More than any text begins with.
 _ALL_SPACES = 1 << 30
+_MAX_PIECE = 1024
 _DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥\u0800-一가-퟿]+")
 
 
@@ -61,6 +62,7 @@ def sentencepiece_bpe(
     if not pieces or not len(pieces) == len(scores) == len(kinds):
         found = f"{len(pieces)} pieces, {len(scores)} scores and {len(kinds)} kinds"
         raise ModelError(found, "one of each per token")
+    _check_lengths(pieces)
     vocabulary = _ids(pieces)
     _check_kinds(pieces, kinds)
     unknown = next((piece for piece, kind in zip(pieces, kinds, strict=True) if kind == "unknown"), None)
@@ -81,7 +83,12 @@ def sentencepiece_bpe(
     if prefix == "first":
         words.append(pre_tokenizers.Metaspace(SPACE_MARK, prepend_scheme="first", split=False))
     if whole:
-        words.append(pre_tokenizers.Split(Regex(_cut_out(whole)), "isolated"))
+        try:
+            words.append(pre_tokenizers.Split(Regex(_cut_out(whole)), "isolated"))
+        except Exception as error:  # the library raises plain Exception
+            raise ModelError(
+                f"{len(whole)} user-defined pieces that cannot be looked for ({error})", "fewer of them"
+            ) from error
     if words:
         backend.pre_tokenizer = pre_tokenizers.Sequence(words)
     join: list[decoders.Decoder] = [
@@ -209,6 +216,7 @@ def vocabulary_of_ranks(ranks: Mapping[bytes, int]) -> tuple[dict[str, int], lis
     tiktoken joins the neighbours whose union has the lowest rank, so a token's rank is the rank of all its
     cuts into two tokens. Use with `ignore_merges`.
     """
+    _check_lengths(ranks)
     character = {byte: mark for mark, byte in byte_of_character().items()}
     spelt = {token: "".join(character[byte] for byte in token) for token in ranks}
     merges = [
@@ -232,6 +240,13 @@ def put_around(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) 
     if tokens:
         single = [part for part in (bos, "$A", eos) if part is not None]
         backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=tokens)
+
+
+def _check_lengths(pieces: Collection[str | bytes]) -> None:
+    """All cuts of a piece into two are looked at, so that a long one would take for ever."""
+    longest = max(map(len, pieces), default=0)
+    if longest > _MAX_PIECE:
+        raise ModelError(f"a piece of {longest} characters in the vocabulary", f"at most {_MAX_PIECE}")
 
 
 def _ids(pieces: Sequence[str]) -> dict[str, int]:

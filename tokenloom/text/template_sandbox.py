@@ -32,6 +32,8 @@ MAX_CHARS = 1 << 24
 _CHARS_A_STEP = 256
 _MAX_INT_BITS = 4096
 _MAX_INDENT = 64
+# No float has more digits before or behind its point.
+_MAX_PRECISION = 400
 # Where a format string gives widths: behind a "%", behind the colon of a field.
 _PERCENT = re.compile(r"%(?:\([^)]*\))?([-+ #0-9.*]*)")
 _BRACES = re.compile(r"\{[^{}:]*:([^{}]*)")
@@ -157,6 +159,13 @@ def _check_json_indent(_: object, *args: object, **kwargs: object) -> None:
             raise SecurityError(f"it indents JSON by more than {_MAX_INDENT}")
 
 
+def _check_precision(_: object, *args: object, **kwargs: object) -> None:
+    """Rounding computes ten to the power of the precision, whatever its sign."""
+    for value in (*args[:1], kwargs.get("precision")):
+        if isinstance(value, int) and abs(value) > _MAX_PRECISION:
+            raise SecurityError(f"it rounds to more than {_MAX_PRECISION} digits")
+
+
 _METHOD_COSTS: Mapping[str, Callable[..., None]] = {
     "replace": _spend_replace,
     "format": _spend_format,
@@ -168,8 +177,9 @@ _FILTER_COSTS: Mapping[str, Callable[..., None]] = {
     "replace": _spend_replace,
     "format": _spend_format,
     "indent": _spend_indent,
+    "round": _check_precision,
     "tojson": _check_json_indent,
-    **dict.fromkeys(("batch", "center", "round", "slice", "truncate", "wordwrap"), _spend_widths),
+    **dict.fromkeys(("batch", "center", "slice", "truncate", "wordwrap"), _spend_widths),
 }
 
 

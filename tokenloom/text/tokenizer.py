@@ -13,6 +13,7 @@ from tokenloom.errors import InvalidParameter, ModelError
 from tokenloom.gguf.file import find_gguf
 from tokenloom.text.chat_template import ChatTemplate
 from tokenloom.text.gguf_tokenizer import read_gguf_tokenizer
+from tokenloom.text.library_panics import panics_refused
 from tokenloom.text.pieces import Pieces, pieces_of
 from tokenloom.text.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
@@ -87,7 +88,8 @@ class Tokenizer:
 
     def _encodings(self, texts: Sequence[str], add_special_tokens: bool) -> list[tokenizers.Encoding]:
         try:
-            return self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+            with panics_refused():
+                return self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         except TypeError:
             # JSON may spell half of a surrogate pair ("\\ud800"), which is no character and has no tokens.
             raise InvalidParameter("prompt", texts, "text of valid Unicode characters") from None
@@ -117,7 +119,8 @@ class Tokenizer:
         neighbours with them (see `tokenloom.text.pieces`).
         """
         if self.pieces is None:
-            return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+            with panics_refused():
+                return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return self.pieces.decode(token_ids, self.special_ids if skip_special_tokens else frozenset())
 
     def token_text(self, token_id: int) -> str:

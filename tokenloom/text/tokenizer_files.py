@@ -10,6 +10,7 @@ post-processor says which tokens are put around a text.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ import tokenizers
 
 from tokenloom.errors import ModelError
 from tokenloom.text.build_tokenizer import put_around
+from tokenloom.text.library_panics import panics_refused
 from tokenloom.text.vocabulary_files import Vocabulary, read_vocabulary
 
+_TRIAL = "A trial of 1 text,\n that h\u00e5s  all kinds of \u6587\u5b57 \U0001f600."
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -67,16 +70,26 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
     # Lengths are limited by the server, which says so; a tokenizer that cuts a prompt silently would hide it.
     backend.no_truncation()
     backend.no_padding()
+    _try(backend)
     return TokenizerFiles(backend, special_tokens, templates)
 
 
+def _try(backend: tokenizers.Tokenizer) -> None:
+    """Raise `ModelError` for a tokenizer that panics; the steps that a file lists run only with a text."""
+    # A vocabulary may well lack a character: that is told of the text that has it.
+    with panics_refused(), contextlib.suppress(Exception):
+        backend.decode(backend.encode(_TRIAL).ids, skip_special_tokens=False)
+        backend.decode(backend.encode("").ids)
+
+
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception for a malformed file
-        raise ModelError(
-            f"{path} that cannot be read ({error})", "a tokenizer.json of the `tokenizers` library"
-        ) from error
+    with panics_refused():
+        try:
+            return tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception for a malformed file
+            raise ModelError(
+                f"{path} that cannot be read ({error})", "a tokenizer.json of the `tokenizers` library"
+            ) from error
 
 
 def _declare_added_tokens(config: dict[str, Any], added: Mapping[str, Any]) -> None:

@@ -126,6 +126,7 @@ def test_nothing_at_all() -> None:
 
 def test_goodput_objectives() -> None:
     assert parse_goodput("ttft:200 tpot:50.5 e2el:4000") == {"ttft": 0.2, "tpot": 0.0505, "e2el": 4.0}
+    assert parse_goodput("ttft:200,tpot:50.5") == {"ttft": 0.2, "tpot": 0.0505}
     assert parse_goodput("") == {}
     for wrong in (
         "ttft",

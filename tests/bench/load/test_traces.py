@@ -10,8 +10,22 @@ from typing import Any
 
 import pytest
 
-from tokenloom.bench.load.traces import READERS, detect_format, read_azure, read_custom, read_mooncake
-from tokenloom.bench.load.workload import Session, count_turns, first_requests, limit_tokens, scale_lengths
+from tokenloom.bench.load.traces import (
+    MAX_SUBAGENTS,
+    READERS,
+    detect_format,
+    read_azure,
+    read_custom,
+    read_mooncake,
+)
+from tokenloom.bench.load.workload import (
+    Session,
+    count_turns,
+    first_requests,
+    limit_tokens,
+    scale_lengths,
+    speed_up,
+)
 from tokenloom.errors import InvalidParameter
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
@@ -118,6 +132,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("mooncake", {**MOONCAKE, "hash_ids": [1, 2, -3]}, "hash_ids"),
     ("mooncake", {**MOONCAKE, "hash_ids": None}, "hash_ids"),
     ("mooncake", {**MOONCAKE, "output_length": "5"}, "output_length"),
+    ("mooncake", {**MOONCAKE, "timestamp": 10**400}, "timestamp"),
     ("aibrix", {**AIBRIX, "requests": []}, "requests"),
     ("aibrix", {**AIBRIX, "requests": [{"Prompt Length": 1}]}, r"requests\[0\].Output Length"),
     ("aibrix", {"timestamp": 0, "requests": [{**AIBRIX["requests"][0], "prompt": 5}]}, r"\[0\].prompt"),
@@ -141,7 +156,15 @@ def test_errors_name_file_line_and_field(kind: str, row: dict[str, Any], name: s
 
 @pytest.mark.parametrize(
     ("line", "name"),
-    [("2023-11-16 18:17:03,5", "row"), ("yesterday,5,5", "TIMESTAMP"), ("2023-11-16,-5,5", "ContextTokens")],
+    [
+        ("2023-11-16 18:17:03,5", "row"),
+        ("yesterday,5,5", "TIMESTAMP"),
+        ("x" * 200_000 + ",5,5", "TIMESTAMP"),
+        ("2023-11-16 18:17:03.1e400,5,5", "TIMESTAMP"),
+        ("0001-01-01 00:00:00,5,5", "TIMESTAMP"),
+        ("2023-11-16,-5,5", "ContextTokens"),
+        ("2023-11-16," + "9" * 5000 + ",5", "ContextTokens"),
+    ],
 )
 def test_azure_errors(line: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.csv"
@@ -151,6 +174,19 @@ def test_azure_errors(line: str, name: str, tmp_path: Path) -> None:
     path.write_text(AZURE[10:])
     with pytest.raises(InvalidParameter, match="line 1: header"):
         list(read_azure(path))
+
+
+def test_subagents_of_subagents_end_somewhere(tmp_path: Path) -> None:
+    def nested(depth: int) -> Path:
+        requests = [agent_turn(0, 64, [[1, 1]])]
+        for _ in range(depth):
+            requests = [agent_turn(0, 64, [[1, 1]]), {"type": "subagent", "t": 0, "requests": requests}]
+        return write(tmp_path / "deep.jsonl", {**AGENT, "requests": requests})
+
+    [session] = READERS["coding-agent"](nested(MAX_SUBAGENTS))
+    assert count_turns([speed_up(session, 2.0)]) == MAX_SUBAGENTS + 1
+    with pytest.raises(InvalidParameter, match="at most 32 of them deep"):
+        list(READERS["coding-agent"](nested(MAX_SUBAGENTS + 1)))
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"{}\n", b"[1]\n", b"hello\n", b"\xff\xfe\n", b'{"a": 1'])

@@ -18,9 +18,12 @@ GOODPUT_METRICS: Final = ("ttft", "tpot", "e2el")
 
 
 def parse_goodput(text: str) -> dict[str, float]:
-    """Objectives in seconds by metric, from "ttft:200 tpot:50" (milliseconds). Raises `InvalidParameter`."""
+    """Objectives in seconds by metric, from "ttft:200 tpot:50" (milliseconds; commas part them too).
+
+    Raises `InvalidParameter`.
+    """
     objectives: dict[str, float] = {}
-    for part in text.split():
+    for part in text.replace(",", " ").split():
         name, _, value = part.partition(":")
         try:
             milliseconds = float(value)

@@ -39,7 +39,8 @@ MAX_TOKENS = 10_000_000
 MAX_REQUESTS = 1_000_000
 
 _ABOVE_0: dict[str, Any] = {"check": lambda value: 0 < value < inf, "limit": "above 0"}
-_RATE: dict[str, Any] = {"check": lambda value: value > 0, "limit": "above 0, or inf"}
+# Gaps between arrivals are finite numbers.
+_RATE: dict[str, Any] = {"check": lambda value: value >= 1e-6, "limit": "at least 1e-06, or inf"}
 
 
 def flag(name: str) -> str:

@@ -55,11 +55,12 @@ def latency_table(report: Report, metrics: Sequence[str] = tuple(METRICS)) -> Ta
     shown = {names[name]: report.latencies[name] for name in metrics} | {"sent late by (lag)": report.lag}
     for name, values in shown.items():
         wanted = [values.percentiles[p] for p in report.latencies["ttft"].percentiles]
-        table.add_row(name, *map(_milliseconds, (values.mean, values.median, values.std, *wanted)))
+        table.add_row(name, *map(milliseconds, (values.mean, values.median, values.std, *wanted)))
     return table
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
+    """As tables show it; a dash for what could not be measured."""
     return f"{seconds * 1e3:,.2f}" if isfinite(seconds) else "–"
 
 

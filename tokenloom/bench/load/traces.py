@@ -12,13 +12,11 @@ Every error is an `InvalidParameter` that names the file, the line and the field
 
 from __future__ import annotations
 
-import csv
 import gzip
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
-from math import isfinite
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -31,6 +29,9 @@ from tokenloom.errors import InvalidParameter
 MOONCAKE_BLOCK: Final = 512
 MAX_LINE: Final = 64 << 20
 """Bytes of the longest line that is read."""
+MAX_SECONDS: Final = 1e9
+MAX_SUBAGENTS: Final = 32
+"""How deep subagents may start subagents."""
 
 
 _AZURE_HEADER: Final = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
@@ -70,10 +71,14 @@ class Line:
         return value
 
     def seconds(self, row: dict[str, Any], field: str, unit: float = 1.0, where: str = "") -> float:
-        """A finite number of at least 0, times `unit`."""
+        """A number of at least 0, times `unit`: at most `MAX_SECONDS`."""
         value = row.get(field)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not isfinite(value) or value < 0:
-            self.refuse(where + field, value, "a number of at least 0")
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not 0 <= value <= MAX_SECONDS / unit
+        ):
+            self.refuse(where + field, value, f"a number from 0 to {MAX_SECONDS / unit:g}")
         return float(value) * unit
 
     def rows(self, row: dict[str, Any], field: str, where: str = "") -> list[dict[str, Any]]:
@@ -119,7 +124,7 @@ def read_azure(path: Path) -> Iterator[Session]:
     """A row is a request; times are from the first row's."""
     first = None
     for line in read_lines(path):
-        cells = next(csv.reader([line.text]))
+        cells = line.text.split(",")
         if line.number == 1:
             if cells != _AZURE_HEADER:
                 line.refuse("header", line.text, ",".join(_AZURE_HEADER))
@@ -129,11 +134,13 @@ def read_azure(path: Path) -> Iterator[Session]:
         # Fractions of a second have seven digits, of which datetime takes six.
         stamp, _, fraction = cells[0].partition(".")
         try:
+            if fraction and not (fraction.isascii() and fraction.isdigit() and len(fraction) < 20):
+                raise ValueError
             time = datetime.fromisoformat(stamp).timestamp() + float(f"0.{fraction or 0}")
-        except ValueError:
+        except (ValueError, OverflowError):
             line.refuse("TIMESTAMP", cells[0], "a date and time, such as 2023-11-16 18:15:46.6805900")
         row: dict[str, Any] = {
-            name: int(cell) if cell.isascii() and cell.isdigit() else cell
+            name: int(cell) if cell.isascii() and cell.isdigit() and len(cell) < 20 else cell
             for name, cell in zip(_AZURE_HEADER, cells, strict=True)
         }
         first = time if first is None else first
@@ -198,6 +205,8 @@ def _agent_turns(line: Line, requests: list[dict[str, Any]], block: int, scope: 
         where = f"{path}requests[{number}]."
         time = line.seconds(request, "t", where=where)
         if request.get("type") == "subagent":
+            if path.count("requests") >= MAX_SUBAGENTS:
+                line.refuse("requests", "subagents of subagents", f"at most {MAX_SUBAGENTS} of them deep")
             nested = line.rows(request, "requests", where)
             session = Session(max(0.0, time - ended), tuple(_agent_turns(line, nested, block, scope, where)))
             if not turns:
