@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tools.train_embedded import words
 from tools.train_embedded.nouns import Mention
@@ -80,6 +80,9 @@ _NO_NOUN = (
     "What should I eat today?",
     "Please sing a song.",
 )
+
+_ONSETS = [*"b c d f g h j k l m n p r s t v w z br ch cl dr fl gr pl sh st th tr".split(), ""]
+_CODAS = [*"l m n r s t x ck nd ng".split(), *[""] * 14]
 
 CARD_KEYS = ("Who", "Where", "What")
 MAX_CARD_WORDS = 10
@@ -157,8 +160,17 @@ def is_card(text: str) -> bool:
     return True
 
 
-def build_request(rng: random.Random, no_noun: float) -> tuple[str, list[Mention]]:
-    """A request in one of the forms of the base model's training, and its mentions as the request has them."""
+def made_up_word(rng: random.Random) -> str:
+    """Two to four syllables that mean nothing."""
+    syllables = rng.choices((2, 3, 4), (0.5, 0.35, 0.15))[0]
+    return "".join(rng.choice(_ONSETS) + rng.choice("aeiou") + rng.choice(_CODAS) for _ in range(syllables))
+
+
+def build_request(rng: random.Random, no_noun: float, made_up: float = 0.0) -> tuple[str, list[Mention]]:
+    """A request in one of the forms of the base model's training, and its mentions as the request has them.
+
+    `no_noun`: the share of the requests without a noun; `made_up`: that of the nouns which are no words at all.
+    """
     if rng.random() < no_noun:
         return roughen(rng.choice(_NO_NOUN), rng), []
     pool = words.concrete_nouns()
@@ -166,6 +178,8 @@ def build_request(rng: random.Random, no_noun: float) -> tuple[str, list[Mention
         Mention(noun, 0, 0, rng.choice(words.ADJECTIVES) if rng.random() < 0.5 else None)
         for noun in rng.sample(pool, rng.choices((1, 2, 3), (0.2, 0.7, 0.1))[0])
     ]
+    if made_up:
+        chosen = [replace(m, noun=made_up_word(rng)) if rng.random() < made_up else m for m in chosen]
     request = request_for(chosen, rng)
     lower = request.lower()
     return request, [
@@ -179,8 +193,15 @@ def _phrase(mention: Mention) -> str:
 
 
 def build_card(rng: random.Random) -> Pair:
-    """A request and its card: the first noun is who, the others are what; what is not named is drawn."""
-    request, chosen = build_request(rng, no_noun=0.2)
+    """A request and its card: the first noun is who, the others are what; what is not named is drawn.
+
+    Some nouns and some whole requests are made up, so that the form does not hang on known words.
+    """
+    chosen: list[Mention] = []
+    if rng.random() < 0.05:
+        request = " ".join(made_up_word(rng) for _ in range(rng.randrange(8)))
+    else:
+        request, chosen = build_request(rng, no_noun=0.2, made_up=0.15)
     named = [_phrase(mention) for mention in chosen]
     if not named:
         named.append(with_article(rng.choice(words.ANIMALS + words.PEOPLE)))

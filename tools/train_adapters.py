@@ -8,6 +8,7 @@ machine and versions of torch, transformers and peft gives the same files.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -36,7 +37,7 @@ from tools.adapter_texts import (
     pirate_words,
 )
 from tools.train_embedded.data import Row, encode_document
-from tools.train_embedded.evaluate import COMMON_NOUNS, Case, Generator, cases, names
+from tools.train_embedded.evaluate import COMMON_NOUNS, UNSEEN_NOUNS, Case, Generator, cases, names
 from tools.train_embedded.pairs import SYSTEM_PROMPTS, Document, Turn
 from tools.train_embedded.sample_teacher import Teacher, sample_batch
 from tools.train_embedded.tokenizer import ASSISTANT, PAD
@@ -57,7 +58,7 @@ LONGEST = 448
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """How one adapter is trained; `tokens_per_step` counts padded ones."""
+    """How one adapter is trained; `tokens_per_step` counts padding too."""
 
     rank: int
     alpha: int
@@ -65,13 +66,13 @@ class AdapterPlan:
     documents: int
     epochs: int
     rate: float
-    tokens_per_step: int = 4096
+    tokens_per_step: int
     seed: int = 1
 
 
 PLANS = {
-    "pirate": AdapterPlan(rank=8, alpha=16, modules=ATTENTION + MLP, documents=2048, epochs=3, rate=3e-3),
-    "card": AdapterPlan(rank=8, alpha=16, modules=ATTENTION, documents=8000, epochs=2, rate=3e-3),
+    "pirate": AdapterPlan(8, 16, ATTENTION + MLP, documents=2048, epochs=1, rate=3e-3, tokens_per_step=2048),
+    "card": AdapterPlan(8, 16, ATTENTION, documents=8000, epochs=2, rate=3e-3, tokens_per_step=4096),
 }
 
 
@@ -282,44 +283,50 @@ def stage_train(args: argparse.Namespace) -> None:
         (args.work / f"{name}.json").write_text(json.dumps({"plan": asdict(plan), "log": log}, indent=2))
 
 
-def measure(name: str, texts: list[str], items: list[Case]) -> dict[str, float]:
-    """The shares of `texts` that have the form or style of the adapter, and that name the nouns asked for."""
-    out: dict[str, float] = {}
-    if name == "card":
-        out["cards"] = sum(map(is_card, texts)) / len(texts)
-        parsed = [(parse_card(t), item.nouns) for t, item in zip(texts, items, strict=True) if is_card(t)]
-        hits = [names(card["Who"], one) and names(card["What"], two) for card, (one, two) in parsed]
-        out["nouns_in_place"] = sum(hits) / len(texts)
-    else:
-        out["pirate_stories"] = sum(map(is_pirate_story, texts)) / len(texts)
-        out["pirate_share"] = sum(map(pirate_share, texts)) / len(texts)
-    hits = [all(names(t, noun) for noun in item.nouns) for t, item in zip(texts, items, strict=True)]
-    return {key: round(value, 4) for key, value in (out | {"both_nouns": sum(hits) / len(texts)}).items()}
+def measure_form(name: str, texts: list[str], items: list[Case]) -> dict[str, float]:
+    """The shares of `texts` that have the form of the adapter `name`, and of what the form asks for."""
+    if name == "pirate":
+        return {
+            "in the form": sum(map(is_pirate_story, texts)) / len(texts),
+            "words": sum(map(pirate_share, texts)) / len(texts),
+        }
+    cards = [(parse_card(text), item.nouns) for text, item in zip(texts, items, strict=True) if is_card(text)]
+    in_place = [names(card["Who"], who) and names(card["What"], what) for card, (who, what) in cards]
+    return {"in the form": len(cards) / len(texts), "in place": sum(in_place) / len(texts)}
 
 
 def stage_evaluate(args: argparse.Namespace) -> None:
-    """Measure the written adapters (bf16, over the target in fp32), greedy and at temperature 0.8."""
-    items = evaluation_cases()
-    report: dict[str, Any] = {}
-    for name in PLANS:
+    """Measure the target alone and with each written adapter, greedy and at temperature 0.8 over all tokens.
+
+    Cards are also asked for with nouns that no word list of the training holds (`unseen`).
+    """
+    report: list[dict[str, Any]] = []
+    for who in ("target", *PLANS) if args.which is None else (args.which,):
         generator = Generator(args.target)
-        for who in ("base", name):
-            if who == name:
-                generator.model = PeftModel.from_pretrained(generator.model, args.out / name).eval()
-            for top_p in (None, 0.95, 1.0):
-                if top_p is not None:
-                    generator.model.generation_config.top_p = top_p
-                found = generator.answer([item.request for item in items], top_p is not None, EVALUATION_SEED)
-                texts = [text for text, _, _ in found]
-                how = "greedy" if top_p is None else f"temperature 0.8, top-p {top_p}"
-                report[f"{name}: {who}, {how}"] = measure(name, texts, items) | {
-                    "ended": sum(ended for _, ended, _ in found) / len(found),
-                    "tokens": sum(count for _, _, count in found) / len(found),
-                }
-                lines = [f"{item.request}\n{text}\n" for item, text in zip(items, texts, strict=True)]
-                (args.work / f"{name}-{who}-{how}.txt").write_text("\n".join(lines))
+        if who in PLANS:
+            generator.model = PeftModel.from_pretrained(generator.model, args.out / who).eval()
+        generator.model.generation_config.top_p = 1.0
+        sets = {"common": evaluation_cases()}
+        if who == "card":
+            sets["unseen"] = cases(UNSEEN_NOUNS, EVALUATION_PROMPTS, EVALUATION_SEED)
+        for nouns, how in itertools.product(sets, ("greedy", "sampled")):
+            items = sets[nouns]
+            requests = [item.request for item in items]
+            answers = generator.answer(requests, how == "sampled", EVALUATION_SEED)
+            texts = [text for text, _, _ in answers]
+            hits = [all(names(t, noun) for noun in item.nouns) for t, item in zip(texts, items, strict=True)]
+            facts = {
+                "both nouns": sum(hits) / len(hits),
+                "ended": sum(ended for _, ended, _ in answers) / len(answers),
+                "tokens": sum(count for _, _, count in answers) / len(answers),
+            }
+            for form in (who,) if who in PLANS else PLANS:
+                report.append({"who": who, "nouns": nouns, "how": how, "form": form})
+                report[-1] |= measure_form(form, texts, items) | facts
+                print(json.dumps(report[-1]), flush=True)
+            lines = [f"{item.request}\n{text}\n" for item, text in zip(items, texts, strict=True)]
+            (args.work / f"{who}-{nouns}-{how}.txt").write_text("\n".join(lines))
     (args.work / "evaluation.json").write_text(json.dumps(report, indent=2))
-    print(json.dumps(report, indent=2))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -330,7 +337,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--target", type=Path, default=embedded / "target", help="folder of the base model")
     out.add_argument("--out", type=Path, default=embedded / "adapters", help="folder of the adapters")
     out.add_argument("--work", type=Path, default=Path("adapters-work"), help="folder of intermediate files")
-    out.add_argument("--which", choices=tuple(PLANS), help="train only this adapter")
+    out.add_argument("--which", choices=tuple(PLANS), help="train or measure only this adapter")
     out.add_argument("--threads", type=int, default=1, help="threads of torch; part of what fixes the result")
     return out
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,6 +164,16 @@ def test_the_answer_to_a_chat_is_sampled_to_its_end(embedded_model: Path) -> Non
     assert likely is not None and likely[: len(ids) + 20] == best[0, 1:].tolist()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the tool trains."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_training_repeats_bit_for_bit_and_peft_loads_it(embedded_model: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(embedded_model / "tokenizer.json"))
     plan = train_adapters.AdapterPlan(
@@ -171,7 +182,6 @@ def test_training_repeats_bit_for_bit_and_peft_loads_it(embedded_model: Path, tm
     training, held_out = train_adapters.rows_of(
         "card", train_adapters.cards(plan), train_adapters.chat, tokenizer
     )
-    torch.set_num_threads(1)
     trained = []
     for run in ("one", "two"):
         model = train_adapters.fresh_adapter(embedded_model, plan)
