@@ -149,7 +149,11 @@ def _draw(logits: torch.Tensor, temperature: float, generator: torch.Generator) 
 def sample_batch(
     teacher: Teacher, prompts: list[list[int]], temperature: float, seed: int
 ) -> list[list[int] | None]:
-    """Continue every prompt to its end-of-story token; None for a story that does not end in time."""
+    """Continue every prompt to its end-of-story token; None for a story that does not end in time.
+
+    A result holds the ids of the prompt too, without its first one. Ends inside of a prompt (of the turns of a chat)
+    end nothing.
+    """
     generator = torch.Generator().manual_seed(seed)
     width = max(len(prompt) for prompt in prompts)
     forced = torch.full((len(prompts), width), -1)
@@ -163,10 +167,12 @@ def sample_batch(
     active = torch.ones(len(prompts), dtype=torch.bool)
     for position in range(MAX_TOKENS - 1):
         token = _draw(teacher.step(history[:, position], cache, position), temperature, generator)
-        if position + 1 < width:
-            token = torch.where(forced[:, position + 1] >= 0, forced[:, position + 1], token)
-        history[:, position + 1] = token
         ended = active & ((token == BOS) | (token == EOS))
+        if position + 1 < width:
+            given = forced[:, position + 1]
+            ended &= given < 0
+            token = torch.where(given >= 0, given, token)
+        history[:, position + 1] = token
         for row in ended.nonzero().flatten().tolist():
             done[int(alive[row])] = history[row, 1 : position + 1].tolist()
         active &= ~ended
