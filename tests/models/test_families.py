@@ -186,14 +186,18 @@ def ours(name: str, numerics: Numerics) -> LocalExecutor:
     )
 
 
-def logits_of(executor: LocalExecutor, text: list[int], chunks: list[int]) -> NDArray[np.float32]:
+def logits_of(
+    executor: LocalExecutor, text: list[int], chunks: list[int], adapter_slot: int = -1
+) -> NDArray[np.float32]:
     """Teacher-forced logits [n, vocabulary], the text cut into chunks of these lengths in turn."""
     pages = list(range(19, 19 - len(text) // PAGE_SIZE - 1, -1))
     found, start = [], 0
     while start < len(text):
         end = min(start + chunks[len(found) % len(chunks)], len(text))
         rows = np.arange(end - start, dtype=np.int32)
-        step(executor, make_batch([Run(text, start, end, pages)], [Entry(int(row)) for row in rows]))
+        batch = make_batch([Run(text, start, end, pages)], [Entry(int(row)) for row in rows])
+        batch.adapter_slots[:] = adapter_slot
+        step(executor, batch)
         found.append(
             np.concatenate(
                 [executor.backend.logits(rows[i : i + 64]).copy() for i in range(0, len(rows), 64)]

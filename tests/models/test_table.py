@@ -26,6 +26,7 @@ COLUMNS = {
     "int8 KV": "int8 KV",
     "cache": "prefix cache",
     "outputs": "scores, embeddings",
+    "adapters": "adapters",
 }
 
 
