@@ -10,6 +10,9 @@ from tokenloom.kernels.program import MAX_CHOSEN, MAX_EXPERTS, Program
 from tokenloom.models.config import ExpertsConfig, ModelConfig
 from tokenloom.models.json_fields import Fields
 
+MAX_LAYER_EXPERTS = 1 << 16
+"""Experts of all layers together."""
+
 Read = Callable[[Fields, ModelConfig], ModelConfig]
 Build = Callable[[ModelConfig], Program]
 
@@ -59,10 +62,15 @@ def sliding_layers(
 
 
 def read_experts(
-    written: Fields, *, width: str, normalized: bool, dense_layers: frozenset[int] = frozenset()
+    written: Fields,
+    config: ModelConfig,
+    *,
+    width: str,
+    normalized: bool,
+    dense_layers: frozenset[int] = frozenset(),
 ) -> ExpertsConfig:
     """The experts; `width` is the field of their size. Raises `ModelError`."""
-    count = written.integer("num_experts", 1, MAX_EXPERTS)
+    count = written.integer("num_experts", 1, min(MAX_EXPERTS, MAX_LAYER_EXPERTS // config.num_layers))
     return ExpertsConfig(
         count=count,
         top_k=written.integer("num_experts_per_tok", 1, min(count, MAX_CHOSEN)),

@@ -21,6 +21,7 @@ import tokenizers
 
 from tokenloom.errors import ModelError
 from tokenloom.text.build_tokenizer import put_around
+from tokenloom.text.library_checks import check_expansion, is_library_error
 from tokenloom.text.vocabulary_files import Vocabulary, read_vocabulary
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -72,11 +73,15 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception for a malformed file
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except BaseException as error:
+        if not is_library_error(error):
+            raise
         raise ModelError(
             f"{path} that cannot be read ({error})", "a tokenizer.json of the `tokenizers` library"
         ) from error
+    check_expansion(backend, str(path))
+    return backend
 
 
 def _declare_added_tokens(config: dict[str, Any], added: Mapping[str, Any]) -> None:
@@ -125,6 +130,8 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # halves of characters have no UTF-8
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} that is not JSON ({error})", "a JSON object") from error
     if not isinstance(value, dict):
@@ -224,7 +231,9 @@ def _inline_templates(value: object, where: str) -> dict[str, str]:
         return {}
     if isinstance(value, str):
         return {"default": value}
-    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+    if isinstance(value, list) and all(
+        isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in value
+    ):
         value = {entry.get("name"): entry.get("template") for entry in value}
     if isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair):
         return dict(value)
