@@ -310,6 +310,7 @@ def break_file(folder: Path, name: str, content: bytes | None) -> None:
         ("tokenizer_config.json", b'{"bos_token": "\\ud800"}', "not JSON"),
         ("tokenizer_config.json", b'{"bos_token": 3}', "bos_token 3"),
         ("tokenizer_config.json", b'{"bos_token": {"text": "x"}}', "bos_token"),
+        ("tokenizer_config.json", b'{"bos_token": "%s"}' % (b"x" * 5000), "bos_token of 5000 characters"),
         ("tokenizer_config.json", b'{"add_bos_token": "yes"}', "add_bos_token 'yes'"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": []}', "added_tokens_decoder"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": "y"}}', "added_tokens_decoder"),

@@ -25,6 +25,8 @@ from tokenloom.text.library_checks import check_expansion, is_library_error
 from tokenloom.text.vocabulary_files import Vocabulary, read_vocabulary
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Looking for a token in texts takes memory and time to prepare by its length.
+_MAX_ADDED_TOKEN = 1 << 12
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -143,6 +145,12 @@ def _added_token(name: str, value: object, special: bool) -> tokenizers.AddedTok
     """The token that a field means, given as text or as an object with `content` and flags; None for none."""
     if value is None or value is False or value == "":
         return None
+    content = value.get("content") if isinstance(value, dict) else value
+    if isinstance(content, str) and len(content) > _MAX_ADDED_TOKEN:
+        raise ModelError(
+            f"{name} of {len(content)} characters in the tokenizer's configuration",
+            f"at most {_MAX_ADDED_TOKEN}",
+        )
     if isinstance(value, str):
         return tokenizers.AddedToken(value, special=special)
     if isinstance(value, dict) and isinstance(value.get("content"), str):
