@@ -15,6 +15,9 @@ TokenloomError
 
 from __future__ import annotations
 
+MAX_FOUND = 8192
+"""Characters of what a `ModelError` says was found."""
+
 
 def shorten(value: object, limit: int = 100) -> str:
     """`repr(value)` cut to `limit` characters, for error messages."""
@@ -75,12 +78,13 @@ class ModelNotFound(TokenloomError):
 
 
 class ModelError(TokenloomError):
-    """A checkpoint, tokenizer or configuration cannot be loaded."""
+    """A checkpoint, tokenizer or configuration cannot be loaded. What is found is cut to `MAX_FOUND` characters: it may
+    quote a file, and that may be anything."""
 
     def __init__(self, found: str, supported: str) -> None:
-        self.found = found
+        self.found = found if len(found) <= MAX_FOUND else found[: MAX_FOUND - 3] + "..."
         self.supported = supported
-        super().__init__(f"found {found}; supported: {supported}")
+        super().__init__(f"found {self.found}; supported: {supported}")
 
 
 class OutOfMemory(TokenloomError):

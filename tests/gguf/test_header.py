@@ -43,9 +43,9 @@ def test_a_sound_file(tmp_path: Path) -> None:
             "one": ("F32", (2, 3)),
             "two": ("Q8_0", (32,)),
         }
-        assert file.read("one").view(np.float32).tolist() == [0, 1, 2, 3, 4, 5]
-        assert bytes(file.read("two")) == bytes(range(34))
-        file.release("one")
+        assert file.read(file.tensors["one"]).view(np.float32).tolist() == [0, 1, 2, 3, 4, 5]
+        assert bytes(file.read(file.tensors["two"])) == bytes(range(34))
+        file.release(file.tensors["one"])
     assert parse_header(b.file(version=2), "file").version == 2
 
 

@@ -5,7 +5,7 @@ Names come from the package's own map; what the converter turns, shifts or inter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_ARCHITECTURES = {"gemma3_text": "gemma3", "mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe"}
 K_QUANTS = ("Q4_K", "Q5_K", "Q6_K")
 # Bytes of the scales of a block, and what to write there so that values are about as large as weights.
 _BLOCK_SCALES: dict[str, tuple[tuple[int, float], ...]] = {
@@ -97,7 +98,7 @@ def write_gguf(
 ) -> dict[str, str]:
     """Write `model`, whose weights become those of the file where these are rounded; returns the types by name."""
     config = model.config
-    arch = {"gemma3_text": "gemma3", "mistral": "llama"}.get(config.model_type, config.model_type)
+    arch = _ARCHITECTURES.get(config.model_type, config.model_type)
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     writer = gguf.GGUFWriter(str(path), arch)
@@ -108,7 +109,7 @@ def write_gguf(
     rng = np.random.default_rng(1)
     written: dict[str, str] = {}
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
+        for key, parameter in _parts(model):
             name = names.get_name(key, (".weight", ".bias"))
             values = _as_converted(arch, key, parameter.numpy().copy(), config)
             kind = written[name] = types(name, values.shape) if values.ndim > 1 else "F32"
@@ -125,6 +126,16 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return written
+
+
+def _parts(model: Any) -> Iterator[tuple[str, Any]]:
+    """The parameters by the names of checkpoints; gate and up of experts apart, each a view."""
+    for key, parameter in model.named_parameters():
+        if key.endswith(".experts.gate_up_proj"):
+            for name, half in zip(("gate_proj", "up_proj"), parameter.chunk(2, dim=1), strict=True):
+                yield key.replace("gate_up_proj", f"{name}.weight"), half
+        else:
+            yield key + ".weight" * key.endswith(".experts.down_proj"), parameter
 
 
 def plain_tokenizer(writer: Any) -> None:
@@ -151,6 +162,7 @@ def _write_metadata(writer: Any, arch: str, config: Any) -> None:
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
         return
     writer.add_feed_forward_length(config.intermediate_size)
+    _write_experts(writer, config)
     writer.add_head_count_kv(config.num_key_value_heads)
     rope = config.rope_parameters
     full = rope.get("full_attention", rope)
@@ -178,6 +190,16 @@ def _write_metadata(writer: Any, arch: str, config: Any) -> None:
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_logit_scale(config.logits_scaling)
     _write_scaling(writer, config, full)
+
+
+def _write_experts(writer: Any, config: Any) -> None:
+    count = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    if not count:
+        return
+    writer.add_expert_count(count)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    if config.model_type == "qwen3_moe":
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
 
 
 def _write_scaling(writer: Any, config: Any, rope: Mapping[str, Any]) -> None:

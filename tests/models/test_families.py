@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -215,6 +216,15 @@ def test_logits_equal_those_of_transformers(name: str, numerics: Numerics) -> No
     found = logits_of(ours(name, numerics), tokens(name), [90, 70, *[1] * 20])
     assert np.abs(expected(name)).max() > 1
     np.testing.assert_allclose(found, expected(name), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_a_shorter_context_leaves_learned_positions_alone(name: str, tmp_path: Path) -> None:
+    theirs(name).save_pretrained(tmp_path)
+    model = load_model(tmp_path, max_context=64)
+    assert (model.config.max_context, len(model.rope[0])) == (64, 64)
+    whole = loaded(name)[2]
+    assert all((weight == whole[key]).all() for key, weight in model.weights.items())
 
 
 def format_of(numerics: Numerics) -> str:

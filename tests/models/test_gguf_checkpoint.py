@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tokenloom.kernels.native.packed_forms import expected_forms, form_of
 from tokenloom.kernels.native.sizes import form_bytes
 from tokenloom.kernels.native.weight_cache import WeightCache
 from tokenloom.kernels.native.weights import WeightPacker
+from tokenloom.models.config import ExpertsConfig
 from tokenloom.models.gguf_checkpoint import GgufCheckpoint
 from tokenloom.models.loading import describe_model, load_model
 from tokenloom.models.memory_plan import packed_weights
@@ -37,6 +39,16 @@ SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "ma
 def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
     write_gguf(path, random_model("Llama", SMALL), lambda name, shape: "Q4_0" if "ffn" in name else "Q8_0")
+    return path
+
+
+@pytest.fixture(scope="module")
+def mixture_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Routers and all experts in blocks."""
+    path = tmp_path_factory.mktemp("gguf") / "mixture.gguf"
+    types = {"ffn_gate_exps": "Q8_0", "ffn_up_exps": "Q4_0", "ffn_down_exps": "Q4_0", "ffn_gate_inp": "Q8_0"}
+    model = random_model("Mixtral", SMALL | {"num_local_experts": 4})
+    write_gguf(path, model, lambda name, shape: types.get(name.split(".")[-2], "F16"))
     return path
 
 
@@ -65,7 +77,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "general.architecture = 'rwkv6'",
     ),
     "an architecture in figures": ({"general__architecture": u32(3)}, "general.architecture = 3"),
-    "experts": ({"llama__expert_count": u32(8)}, "mixtures of experts"),
+    "experts that nobody chooses": ({"llama__expert_count": u32(8)}, "without llama.expert_used_count"),
+    "experts that are not there": (
+        {"llama__expert_count": u32(2), "llama__expert_used_count": u32(1)},
+        "missing model.layers.0.block_sparse_moe.gate.weight",
+    ),
+    "too many experts": ({"llama__expert_count": u32(1 << 20)}, "expert_count = 1048576"),
     "one part of several": ({"split__count": (3, T.UINT16)}, "split.count = 3"),
     "a key that is not known": ({"llama__attention__clamp_kqv": f32(8.0)}, "llama.attention.clamp_kqv"),
     "no layers": ({"llama__block_count": u32(0)}, "llama.block_count = 0"),
@@ -113,6 +130,81 @@ def test_refused_before_anything_is_loaded(name: str, write: Callable[..., Path]
     path = write(**metadata)
     with pytest.raises(ModelError, match=found.replace(".", r"\.") if "[" not in found else found):
         load_model(path)
+
+
+MIXTURE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MIXTURES_REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no experts": ("Qwen3Moe", {"qwen3moe__expert_count": u32(0)}, "expert_count = 0"),
+    "none chosen": ("Qwen3Moe", {"qwen3moe__expert_used_count": u32(0)}, "expert_used_count = 0"),
+    "more chosen than there are": ("Qwen3Moe", {"qwen3moe__expert_used_count": u32(5)}, "from 1 to 4"),
+    "another width": (
+        "Qwen3Moe",
+        {"qwen3moe__expert_feed_forward_length": u32(48)},
+        r"experts\.0\.gate_proj.weight of shape \[32, 64\] instead of \[48, 64\]",
+    ),
+    "another number": (
+        "Qwen3Moe",
+        {"qwen3moe__expert_count": u32(3)},
+        r"ffn_[a-z]+_exps.weight of shape \[4, ",
+    ),
+    "a width of their own": (
+        "Olmoe",
+        {"olmoe__expert_feed_forward_length": u32(32)},
+        "feed_forward_length = 32",
+    ),
+    "a shared expert": ("Olmoe", {"olmoe__expert_shared_count": u32(1)}, "expert_shared_count, which is not"),
+    "another scale": (
+        "Qwen3Moe",
+        {"qwen3moe__expert_weights_scale": f32(2.0)},
+        "expert_weights_scale, which",
+    ),
+    "in a family without": ("Qwen3", {"qwen3__expert_count": u32(4)}, "qwen3.expert_count = 4"),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES_REFUSED)
+def test_mixtures_that_are_refused(name: str, write: Callable[..., Path]) -> None:
+    kind, metadata, found = MIXTURES_REFUSED[name]
+    path = write(kind, MIXTURE if kind != "Qwen3" else {}, **metadata)
+    with pytest.raises(ModelError, match=found):
+        load_model(path)
+
+
+def test_numbers_of_a_mixture(write: Callable[..., Path]) -> None:
+    experts = read_architecture(write("Qwen3Moe", MIXTURE)).config.experts
+    assert experts == ExpertsConfig(count=4, top_k=2, width=32, normalized=True)
+    assert read_architecture(write("Olmoe", MIXTURE)).config.experts == replace(
+        experts, width=96, normalized=False
+    )
+    mixtral = read_architecture(write("Mixtral", MIXTURE | {"num_local_experts": 4})).config
+    assert (mixtral.family, mixtral.experts) == ("mixtral", replace(experts, width=96))
+    # Files of early converters lack the key: llama.cpp divides.
+    path = write("Qwen3Moe", MIXTURE | {"moe_intermediate_size": 48})
+    data = path.read_bytes().replace(
+        b"qwen3moe.expert_feed_forward_length", b"general.expert_feed_forward_lengths"
+    )
+    path.write_bytes(data)
+    assert read_architecture(path).config.experts == replace(experts, width=48)
+    load_model(path)
+
+
+@pytest.mark.parametrize("weights", ["auto", "float", "int8", "int4"])
+def test_routers_in_blocks_are_widened(tmp_path: Path, weights: Any) -> None:
+    path = tmp_path / "model.gguf"
+    model = random_model("Qwen3Moe", SMALL | MIXTURE)
+    write_gguf(path, model, lambda name, shape: "Q4_0")
+    described = describe_model(path, weights=weights)
+    assert described.stored is not None
+    router = "model.layers.1.mlp.gate.weight"
+    assert described.stored[router] == (("float32", 0),)
+    wanted = model.state_dict()[router].numpy()
+    assert (load_model(path, weights=weights).weights[router] == wanted).all()
+    down = "model.layers.1.mlp.experts.3.down_proj.weight"
+    kinds = {"auto": ("int4", 32), "float": ("float32", 0), "int8": ("int8", 0), "int4": ("int4", 32)}
+    assert described.stored[down] == (kinds[weights],)
+    if weights in ("auto", "float", "int4"):
+        stack = model.state_dict()["model.layers.1.mlp.experts.down_proj"].numpy()
+        assert (load_model(path, weights=weights).weights[down] == stack[3]).all()
 
 
 def test_a_missing_key_is_named(write: Callable[..., Path]) -> None:
@@ -224,7 +316,11 @@ def test_tensors_have_the_names_and_shapes_of_hugging_face(model_file: Path) -> 
 
 @pytest.mark.parametrize("weights", ["auto", "float", "int8", "int4"])
 @pytest.mark.skipif(extension.missing() is not None, reason="the native kernels were not built")
-def test_the_plan_knows_every_packed_weight(model_file: Path, weights: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["model_file", "mixture_file"])
+def test_the_plan_knows_every_packed_weight(
+    file: str, weights: Any, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model_file = request.getfixturevalue(file)
     described = describe_model(model_file, weights=weights)
     rounded = roundings(described.program, weights)
     packer = WeightPacker(described.program, "bfloat16", extension.thread_pool(1), rounded)

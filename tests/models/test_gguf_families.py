@@ -80,6 +80,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "stablelm": ("StableLm", {"use_qkv_bias": True, "partial_rotary_factor": 0.25}),
     "stablelm, parallel": ("StableLm", {"use_parallel_residual": True}),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "qwen3moe": (
+        "Qwen3Moe",
+        {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 20}
+        | {"norm_topk_prob": True},
+    ),
+    "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": False}),
     "gpt2": ("GPT2", {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256}),
 }
 
@@ -162,6 +169,18 @@ MIXED = {"attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q6_K", "output": "
 LARGE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "initializer_range": 0.1}
 
 
+MIXTURES: dict[str, dict[str, Any]] = {
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen3Moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256,
+        "norm_topk_prob": True,
+    },
+    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+}
+
+
 def of_type(kind: str) -> Any:
     return lambda name, shape: kind
 
@@ -178,6 +197,8 @@ def quantized(kind: str, architecture: str = "Llama") -> Written:
         options = {"n_embd": 256, "n_head": 4, "n_layer": 2, "n_positions": 256}
     if architecture == "Granite":
         options = {"attention_multiplier": 0.125}
+    if architecture in MIXTURES:
+        options = MIXTURES[architecture]
     types = as_mixed if kind == "mixed" else of_type(kind)
     return written(f"{kind}-{architecture}", architecture, LARGE | options, types)
 
@@ -196,7 +217,7 @@ def test_widened_blocks_have_their_values(kind: str, numerics: Numerics) -> None
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("architecture", ["GPT2", "Phi3", "Gemma2", "Granite"])
+@pytest.mark.parametrize("architecture", ["GPT2", "Phi3", "Gemma2", "Granite", *MIXTURES])
 def test_blocks_that_are_turned_fused_or_interleaved(architecture: str) -> None:
     file = quantized("mixed", architecture)
     expected = file.expected[:SHORT]
@@ -204,7 +225,7 @@ def test_blocks_that_are_turned_fused_or_interleaved(architecture: str) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("architecture", ["GPT2", "Phi3", "Gemma2", "Granite"])
+@pytest.mark.parametrize("architecture", ["GPT2", "Phi3", "Gemma2", "Granite", *MIXTURES])
 @each_numerics(Numerics("native", "bfloat16", "bfloat16"))
 def test_and_the_native_kernels_pack_them(architecture: str, numerics: Numerics) -> None:
     file = quantized("mixed", architecture)
@@ -256,13 +277,20 @@ def test_a_file_whose_rows_are_no_heads(tmp_path: Path) -> None:
         load_model(path)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "mixed"])
-def test_logits_equal_those_of_transformers_own_reader(kind: str) -> None:
-    """Here transformers reads the file by itself."""
-    file = quantized(kind)
+@pytest.mark.parametrize(
+    ("kind", "architecture"),
+    [("Q8_0", "Llama"), ("Q4_0", "Llama"), ("mixed", "Llama"), ("Q8_0", "Qwen3Moe"), ("mixed", "Qwen3Moe")],
+)
+def test_logits_equal_those_of_transformers_own_reader(kind: str, architecture: str) -> None:
+    """Here transformers reads the file by itself; of experts it is told what it does not read."""
+    file = quantized(kind, architecture)
+    told = {
+        name: MIXTURES.get(architecture, {}).get(name) for name in ("moe_intermediate_size", "norm_topk_prob")
+    }
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        file.path.parent, gguf_file=file.path.name, dtype=torch.float32
-    )
+        file.path.parent, gguf_file=file.path.name, dtype=torch.float32,
+        **{name: value for name, value in told.items() if value is not None},
+    )  # fmt: skip
     with torch.no_grad():
         theirs = model(torch.tensor([tokens()[:SHORT]])).logits[0].numpy()
     found = logits_of(executor(file.path, Numerics(), "float"), tokens()[:SHORT], [SHORT])

@@ -26,6 +26,10 @@ LLAMA3 = {
 }
 
 
+OLMOE = {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "num_experts_per_tok": 1}
+GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": 64}
+
+
 def tiny(**changes: Any) -> dict[str, Any]:
     """The tiny config with fields changed; None removes one."""
     return {name: value for name, value in (TINY | changes).items() if value is not None}
@@ -126,6 +130,8 @@ def test_generation_values_out_of_limits(tmp_path: Path, field: str, value: Any)
         ({"vocab_size": True}, "vocab_size"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers"),
+        (OLMOE | {"num_hidden_layers": 1024, "num_experts": 65}, "num_experts = 65"),
+        (GPT2 | {"head_dim": 4}, "head_dim"),
         ({"num_attention_heads": 5}, "num_attention_heads"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"head_dim": 7}, "head_dim"),

@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers
 
 from tests.text.conftest import SHARED, save, tiny_backend, write_json
 from tokenloom.errors import InvalidParameter, ModelError
@@ -306,8 +307,10 @@ def break_file(folder: Path, name: str, content: bytes | None) -> None:
         ("tokenizer_config.json", b"{", "not JSON"),
         ("tokenizer_config.json", b"[" * 100_000, "not JSON"),
         ("tokenizer_config.json", b"\xff", "cannot be read"),
+        ("tokenizer_config.json", b'{"bos_token": "\\ud800"}', "not JSON"),
         ("tokenizer_config.json", b'{"bos_token": 3}', "bos_token 3"),
         ("tokenizer_config.json", b'{"bos_token": {"text": "x"}}', "bos_token"),
+        ("tokenizer_config.json", b'{"bos_token": "%s"}' % (b"x" * 5000), "bos_token of 5000 characters"),
         ("tokenizer_config.json", b'{"add_bos_token": "yes"}', "add_bos_token 'yes'"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": []}', "added_tokens_decoder"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": "y"}}', "added_tokens_decoder"),
@@ -320,6 +323,7 @@ def break_file(folder: Path, name: str, content: bytes | None) -> None:
         ("tokenizer_config.json", b'{"extra_special_tokens": 5}', "extra_special_tokens"),
         ("tokenizer_config.json", b'{"chat_template": 5}', "chat_template"),
         ("tokenizer_config.json", b'{"chat_template": [{"name": 1}]}', "chat_template"),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": []}]}', "chat_template"),
         ("tokenizer_config.json", b'{"chat_template": "{% for %}"}', "does not compile"),
         ("special_tokens_map.json", b"3", "a JSON int"),
         ("chat_template.jinja", b"\xff", "cannot be read"),
@@ -367,6 +371,38 @@ def test_a_panic_at_a_text(tiny_dir: Path) -> None:
     tokenizer._backend.normalizer = tokenizers.normalizers.Precompiled(b"\0\0\0\0abc")
     with pytest.raises(ModelError, match="fails inside its library"):
         tokenizer.encode("a")
+
+
+def test_a_text_that_the_tokenizer_has_no_tokens_for(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"known": 0}, unk_token="[UNK]"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    loaded = Tokenizer.from_dir(tmp_path)
+    assert loaded.encode("known") == [0]
+    with pytest.raises(InvalidParameter, match=r"prompt.*text that the tokenizer has tokens for \(.*UNK"):
+        loaded.encode("unknown")
+
+
+@pytest.mark.parametrize(
+    ("steps", "decodes"),
+    [
+        ([("a", "b" * 300)], False),
+        ([("a", "b" * 300)], True),
+        ([("a", "bb"), ("b", "cc"), ("c", "dd")] * 3, False),
+    ],
+)
+def test_replacements_that_would_blow_a_text_up(
+    tmp_path: Path, steps: list[tuple[str, str]], decodes: bool
+) -> None:
+    backend = tiny_backend()
+    if decodes:
+        backend.decoder = decoders.Sequence([decoders.Replace(*step) for step in steps])
+    else:
+        backend.normalizer = normalizers.Sequence([normalizers.Replace(*step) for step in steps])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(
+        ModelError, match=f"{'decoder' if decodes else 'normalizer'} makes up to .* at most 256"
+    ):
+        Tokenizer.from_dir(tmp_path)
 
 
 def test_missing_directories(tmp_path: Path) -> None:

@@ -75,14 +75,13 @@ class GgufFile:
         """Everything before the tensors: metadata, and the tensors' names, types and shapes."""
         return self._map[: self._header_size]
 
-    def read(self, name: str) -> NDArray[np.uint8]:
-        """A read-only view of the bytes of tensor `name`; valid while it is held, also after `close`."""
-        info = self.tensors[name]
+    def read(self, info: TensorInfo) -> NDArray[np.uint8]:
+        """A read-only view of the bytes of a tensor, or of a part of one; valid while it is held, also after
+        `close`."""
         return np.frombuffer(self._map, np.uint8, info.end - info.begin, info.begin)
 
-    def release(self, name: str) -> None:
-        """Give the tensor's pages back to the system; they are read again from the file if needed."""
-        info = self.tensors[name]
+    def release(self, info: TensorInfo) -> None:
+        """Give the pages of these bytes back to the system; they are read again from the file if needed."""
         begin = -(-info.begin // mmap.PAGESIZE) * mmap.PAGESIZE
         end = info.end // mmap.PAGESIZE * mmap.PAGESIZE
         if end > begin:

@@ -54,7 +54,8 @@ class ExpertsConfig:
 class ModelConfig:
     """Shapes and options of a decoder-only model.
 
-    `max_context` is the number of tokens that the model can be served with (after RoPE scaling rules).
+    `max_context` is the number of tokens that the model can be served with (after RoPE scaling rules);
+    `learned_positions` that for which it has a row each, 0 where it has none.
     `eos_token_ids` come from generation_config.json where present, else from config.json. `dtype` is that of
     the checkpoint. `quantization` says how its linears are stored if they are quantised.
 
@@ -82,6 +83,7 @@ class ModelConfig:
     max_context: int
     rms_norm_eps: float
     rope: RopeConfig
+    learned_positions: int = 0
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     output_bias: bool = False

@@ -17,6 +17,8 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_pytorch_tanh": "gelu",
     "relu": "relu",
 }
+MAX_LAYER_EXPERTS = 1 << 16
+"""Experts of all layers together."""
 
 Read = Callable[[Fields, ModelConfig], ModelConfig]
 Build = Callable[[ModelConfig], Program]
@@ -84,10 +86,15 @@ def sliding_everywhere(written: Fields, config: ModelConfig) -> tuple[int | None
 
 
 def read_experts(
-    written: Fields, *, width: str, normalized: bool, dense_layers: frozenset[int] = frozenset()
+    written: Fields,
+    config: ModelConfig,
+    *,
+    width: str,
+    normalized: bool,
+    dense_layers: frozenset[int] = frozenset(),
 ) -> ExpertsConfig:
     """The experts; `width` is the field of their size. Raises `ModelError`."""
-    count = written.integer("num_experts", 1, MAX_EXPERTS)
+    count = written.integer("num_experts", 1, min(MAX_EXPERTS, MAX_LAYER_EXPERTS // config.num_layers))
     return ExpertsConfig(
         count=count,
         top_k=written.integer("num_experts_per_tok", 1, min(count, MAX_CHOSEN)),

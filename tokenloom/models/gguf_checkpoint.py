@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -30,11 +30,19 @@ _Float = Literal["float32", "bfloat16", "float16"]
 _FLOATS: Final[Mapping[str, _Float]] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
+class _Part(NamedTuple):
+    """A tensor of the file, or the matrix of one expert in it."""
+
+    tensor: str
+    info: TensorInfo
+
+
 class GgufCheckpoint:
     """A `WeightFiles` over one GGUF file. Use `GgufCheckpoint.open`; a context manager.
 
     Tensors are handed out as Hugging Face would store them: q and k of Llama in plain order, the norms of Gemma
-    without their 1, the linears of GPT-2 as [in, out]. Matrices in blocks are `BlockMatrix`, [N, K] always.
+    without their 1, the linears of GPT-2 as [in, out], a stack of experts as a matrix for each. Matrices in blocks are
+    `BlockMatrix`, [N, K] always.
     """
 
     quantization: Final = None
@@ -44,14 +52,19 @@ class GgufCheckpoint:
         self.directory = file.path
         self.config: Mapping[str, Any] = read_gguf_config(file)
         self._naming = NAMINGS[file.text("general.architecture")]
-        self._theirs: dict[str, str] = {}
-        for theirs in file.tensors:
+        self._parts: dict[str, _Part] = {}
+        experts = self.config.get("num_experts", 0)
+        for theirs, info in file.tensors.items():
             if theirs in ROPE_FACTORS:
                 continue
-            name = self._naming.name(theirs)
-            if name in self._theirs:
-                raise ModelError(f"{file.path}: {theirs} beside {self._theirs[name]}", "one of them")
-            self._theirs[name] = theirs
+            names = self._naming.expert_names(theirs, experts)
+            parts = _split(info, experts, f"{file.path}: {theirs}") if names else [info]
+            for name, part in zip(names or [self._naming.name(theirs)], parts, strict=True):
+                if name in self._parts:
+                    raise ModelError(
+                        f"{file.path}: {theirs} beside {self._parts[name].tensor}", "one of them"
+                    )
+                self._parts[name] = _Part(theirs, part)
 
     @classmethod
     def open(cls, path: Path) -> GgufCheckpoint:
@@ -68,10 +81,10 @@ class GgufCheckpoint:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all tensors, sorted; those that no family has keep the name of the file."""
-        return tuple(sorted(self._theirs))
+        return tuple(sorted(self._parts))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._theirs
+        return name in self._parts
 
     def shape(self, name: str) -> tuple[int, ...]:
         """As Hugging Face has it, without reading the tensor."""
@@ -104,7 +117,7 @@ class GgufCheckpoint:
 
     def release(self, name: str) -> None:
         """Give the pages of a tensor back to the system once it has been converted."""
-        self._file.release(self._theirs[name])
+        self._file.release(self._info(name))
 
     def source_tensors(self, source: str) -> tuple[str, ...]:
         """The tensor itself; none if it is not there."""
@@ -127,9 +140,7 @@ class GgufCheckpoint:
         info = self._info(source)
         if info.kind.is_plain or len(info.shape) != 2:
             return None
-        return BlockMatrix(
-            self._file.read(self._theirs[source]).reshape(info.shape[0], -1), info.kind, source
-        )
+        return BlockMatrix(self._file.read(info).reshape(info.shape[0], -1), info.kind, source)
 
     def source_shape(self, source: str) -> tuple[int, ...]:
         """[N, K] for blocks, else the shape."""
@@ -142,16 +153,16 @@ class GgufCheckpoint:
     def source(self, source: str) -> NDArray[Any] | BlockMatrix:
         """The tensor `source`: blocks as they are, anything else as an array."""
         info = self._info(source)
-        theirs = self._theirs[source]
+        theirs = self._parts[source].tensor
         blocks = self.blocks(source)
         if blocks is not None:
             if self._naming.is_interleaved(theirs):
                 return BlockMatrix(self._in_order(blocks.data, theirs), info.kind, source)
             return blocks
         if not info.kind.is_plain:
-            flat = BlockMatrix(self._file.read(theirs)[None], info.kind, source)
+            flat = BlockMatrix(self._file.read(info)[None], info.kind, source)
             return flat.dequantize().reshape(info.shape)
-        values = self._file.read(theirs).view(_DTYPES[info.kind.name]).reshape(info.shape)
+        values = self._file.read(info).view(_DTYPES[info.kind.name]).reshape(info.shape)
         if self._naming.is_interleaved(theirs):
             return self._in_order(values, theirs)
         offset = self._naming.offset(theirs)
@@ -168,10 +179,10 @@ class GgufCheckpoint:
         hasher = hashlib.blake2b(b"tokenloom.gguf.1\n", digest_size=16)
         hasher.update(self._file.header_bytes)
         total = sum(info.end - info.begin for info in self._file.tensors.values())
-        for name in sorted(self._file.tensors):
-            for sample in samples(self._file.read(name), total <= FULL_HASH_BYTES):
+        for _, info in sorted(self._file.tensors.items()):
+            for sample in samples(self._file.read(info), total <= FULL_HASH_BYTES):
                 hasher.update(sample.data)
-            self._file.release(name)
+            self._file.release(info)
         return hasher.hexdigest()
 
     def files_id(self) -> str:
@@ -192,12 +203,12 @@ class GgufCheckpoint:
         self.close()
 
     def _info(self, name: str) -> TensorInfo:
-        if name not in self._theirs:
+        if name not in self._parts:
             raise ModelError(f"no tensor {shorten(name)} in {self.directory}", "the tensors listed in it")
-        return self._file.tensors[self._theirs[name]]
+        return self._parts[name].info
 
     def _is_turned(self, name: str) -> bool:
-        return self._naming.is_turned(self._theirs[name])
+        return self._naming.is_turned(self._parts[name].tensor)
 
     def _in_order(self, values: NDArray[Any], theirs: str) -> NDArray[Any]:
         """Rows of q or k from neighbours (0, h, 1, h + 1, ...) to halves (0, 1, ..., h, h + 1, ...) in each head."""
@@ -209,3 +220,12 @@ class GgufCheckpoint:
             )
         rows = values.reshape(self.config[heads], pairs, 2, *values.shape[1:])
         return rows.swapaxes(1, 2).reshape(values.shape)
+
+
+def _split(stack: TensorInfo, count: int, where: str) -> list[TensorInfo]:
+    """The matrices [N, K] of a stack [count, N, K]."""
+    if len(stack.shape) != 3 or stack.shape[0] != count:
+        raise ModelError(f"{where} of shape {list(stack.shape)}", f"a stack of {count} matrices")
+    size = (stack.end - stack.begin) // count
+    begins = range(stack.begin, stack.end, size)
+    return [TensorInfo(stack.kind, stack.shape[1:], begin, begin + size) for begin in begins]

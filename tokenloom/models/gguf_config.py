@@ -13,6 +13,7 @@ import numpy as np
 from tokenloom.errors import ModelError
 from tokenloom.gguf.file import GgufFile
 from tokenloom.gguf.header import Array
+from tokenloom.kernels.program import MAX_CHOSEN, MAX_EXPERTS
 from tokenloom.models.gguf_names import NAMINGS
 from tokenloom.models.hf_config import (
     MAX_CONTEXT,
@@ -33,6 +34,8 @@ _FAMILIES: Final[Mapping[str, tuple[str, str, str]]] = {
     "gemma2": ("gemma2", "Gemma2ForCausalLM", "rms_norm_eps"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM", "rms_norm_eps"),
     "olmo2": ("olmo2", "Olmo2ForCausalLM", "rms_norm_eps"),
+    "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM", "rms_norm_eps"),
+    "olmoe": ("olmoe", "OlmoeForCausalLM", "rms_norm_eps"),
     "phi3": ("phi3", "Phi3ForCausalLM", "rms_norm_eps"),
     "gpt2": ("gpt2", "GPT2LMHeadModel", "layer_norm_epsilon"),
 }
@@ -48,6 +51,7 @@ _KNOWN: Final = frozenset(
     rope.scaling.yarn_ext_factor rope.scaling.yarn_log_multiplier
     attn_logit_softcapping final_logit_softcapping use_parallel_residual
     embedding_scale residual_scale logit_scale expert_count expert_used_count
+    expert_feed_forward_length
     tensor_data_layout
     """.split()
 )
@@ -97,8 +101,9 @@ class _Reader:
         self.arch = file.text("general.architecture")
         if self.arch not in NAMINGS:
             file.refuse("general.architecture", ", ".join(NAMINGS))
-        if file.integer(self.key("expert_count"), 0, 1 << 16, default=0):
-            file.refuse(self.key("expert_count"), "0 (mixtures of experts are not read from GGUF)")
+        least = 1 if self.arch in ("qwen3moe", "olmoe") else 0
+        most = MAX_EXPERTS if least or self.arch == "llama" else 0
+        self.num_experts = file.integer(self.key("expert_count"), least, most, default=0)
         for key in file.metadata:
             if key.startswith(f"{self.arch}.") and key.removeprefix(f"{self.arch}.") not in _KNOWN:
                 raise ModelError(
@@ -140,6 +145,7 @@ class _Reader:
         config |= self._rope(config["head_dim"], config["max_position_embeddings"])
         config |= self._special_tokens(config["vocab_size"])
         config |= self._options(config)
+        config |= self._experts(config["intermediate_size"])
         self._check_sequence()
         return config
 
@@ -237,7 +243,7 @@ class _Reader:
         if info.kind.name != "F32" or info.shape != (rotary // 2,):
             found = f"{info.kind.name} {list(info.shape)}"
             raise ModelError(f"{self.file.path}: {name} of {found}", f"F32 [{rotary // 2}]")
-        return {"rope_type": "longrope", "short_factor": self.file.read(name).view(np.float32).tolist()}
+        return {"rope_type": "longrope", "short_factor": self.file.read(info).view(np.float32).tolist()}
 
     def _yarn(self, factor: float, original: int) -> dict[str, Any]:
         for name, wanted in (("yarn_ext_factor", 1.0), ("yarn_log_multiplier", 0.0)):
@@ -279,7 +285,7 @@ class _Reader:
 
     def _options(self, config: Mapping[str, Any]) -> dict[str, Any]:
         file = self.file
-        if self.arch in ("llama", "granite", "qwen3", "olmo2"):
+        if self.arch in ("llama", "granite", "qwen3", "qwen3moe", "olmo2", "olmoe"):
             options: dict[str, Any] = {
                 "attention_bias": self.has("blk.0.attn_q.bias"),
                 "mlp_bias": self.has("blk.0.ffn_up.bias"),
@@ -313,6 +319,24 @@ class _Reader:
                 "logits_scaling": file.number(self.key("logit_scale")),
             }
         return options
+
+    def _experts(self, width: int) -> dict[str, Any]:
+        """The mixture of experts, if there is one. That weights of the chosen add up to 1 is llama.cpp's rule for each
+        architecture; no key says it."""
+        if not self.num_experts:
+            return {}
+        used = self.integer("expert_used_count", min(self.num_experts, MAX_CHOSEN))
+        experts: dict[str, Any] = {"num_experts": self.num_experts, "num_experts_per_tok": used}
+        if self.arch == "qwen3moe":
+            width = self.integer("expert_feed_forward_length", MAX_WIDTH, default=max(width // used, 1))
+            return experts | {"moe_intermediate_size": width, "norm_topk_prob": True}
+        if self.integer("expert_feed_forward_length", MAX_WIDTH, default=width) != width:
+            self.file.refuse(
+                self.key("expert_feed_forward_length"), f"the feed_forward_length ({width}) for {self.arch}"
+            )
+        if self.arch == "olmoe":
+            return experts | {"norm_topk_prob": False}
+        return experts | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
 
     def _gemma(self, config: Mapping[str, Any], window: int | None) -> dict[str, Any]:
         layers = config["num_hidden_layers"]

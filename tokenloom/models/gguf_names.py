@@ -34,6 +34,11 @@ _SANDWICH: Final = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_EXPERTS: Final = {
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
 _BLOCK: Final = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.([a-z_]+)\.(weight|bias)")
 _PLAIN: Final = re.compile(r"([a-z_]+)\.(weight|bias)")
 
@@ -41,12 +46,13 @@ _PLAIN: Final = re.compile(r"([a-z_]+)\.(weight|bias)")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Naming:
     """The tensors of one architecture. `outer` and `layer` map the middles of names, `prefix` comes before the
-    number of a layer. `interleaved`: rows of q and k are. `norm_offset` was added to norms. `turned`: linears of
-    layers are [in, out] for Hugging Face."""
+    number of a layer; `experts` maps stacks of experts to names with a place for the number of one. `interleaved`: rows
+    of q and k are. `norm_offset` was added to norms. `turned`: linears of layers are [in, out] for Hugging Face."""
 
     layer: Mapping[str, str]
     outer: Mapping[str, str] = field(default_factory=lambda: _OUTER)
     prefix: str = "model.layers."
+    experts: Mapping[str, str] = field(default_factory=dict)
     interleaved: bool = False
     norm_offset: float = 0.0
     turned: bool = False
@@ -60,6 +66,14 @@ class Naming:
         if plain is not None and plain[1] in self.outer:
             return f"{self.outer[plain[1]]}.{plain[2]}"
         return name
+
+    def expert_names(self, name: str, count: int) -> list[str]:
+        """The Hugging Face names of the matrices in a stack of `count` experts; none for any other tensor."""
+        block = _BLOCK.fullmatch(name)
+        if block is None or block[2] not in self.experts or block[3] != "weight":
+            return []
+        each = f"{self.prefix}{block[1]}.{self.experts[block[2]]}.weight"
+        return [each.format(i) for i in range(count)]
 
     def is_interleaved(self, name: str) -> bool:
         """Whether the rows of tensor `name` have to be put in order."""
@@ -77,13 +91,23 @@ class Naming:
 
 _QWEN3: Final = Naming(layer=_LAYER | _HEAD_NORMS)
 _INTERLEAVED: Final = Naming(layer=_LAYER, interleaved=True)
+_MIXTURE: Final = Naming(layer=_LAYER | _HEAD_NORMS | {"ffn_gate_inp": "mlp.gate"}, experts=_EXPERTS)
 
-# A family with experts would map "ffn_gate_exps" and its like here: stacks [experts, N, K].
 NAMINGS: Final[Mapping[str, Naming]] = {
-    "llama": _INTERLEAVED,
+    "llama": Naming(
+        layer=_LAYER | {"ffn_gate_inp": "block_sparse_moe.gate"},
+        experts={
+            "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+            "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+            "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+        },
+        interleaved=True,
+    ),
     "granite": _INTERLEAVED,
     "qwen2": Naming(layer=_LAYER),
     "qwen3": _QWEN3,
+    "qwen3moe": _MIXTURE,
+    "olmoe": _MIXTURE,
     "stablelm": _QWEN3,
     "gemma2": Naming(layer=_LAYER | _SANDWICH, norm_offset=1.0),
     "gemma3": Naming(layer=_LAYER | _HEAD_NORMS | _SANDWICH, norm_offset=1.0),
@@ -114,7 +138,7 @@ NAMINGS: Final[Mapping[str, Naming]] = {
         turned=True,
     ),
 }
-"""By `general.architecture`. Llama's covers Mistral."""
+"""By `general.architecture`. Llama's covers Mistral and Mixtral."""
 
 ROPE_FACTORS: Final = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 """Tensors that belong to the configuration: divisors of the frequencies."""

@@ -62,7 +62,7 @@ def _build(config: ModelConfig, names: _Names) -> Program:
         b.linear(source, weight, out, bias=bias, epilogue=epilogue)
 
     embedding = b.weight(f"{names.tokens}.weight", config.vocab_size, hidden)
-    positions = b.weight(f"{names.positions}.weight", config.max_context + names.offset, hidden)
+    positions = b.weight(f"{names.positions}.weight", config.learned_positions + names.offset, hidden)
     b.embed(embedding, x)
     b.embed_positions(positions, x, offset=names.offset)
     for layer in range(config.num_layers):
@@ -97,11 +97,16 @@ def _without(written: Fields, *names: str) -> None:
 
 
 def _plain(written: Fields, config: ModelConfig, activation: str) -> ModelConfig:
+    if config.q_size != config.hidden_size:
+        written.refuse(
+            "head_dim", f"hidden_size / num_attention_heads ({config.hidden_size // config.num_heads})"
+        )
     return replace(
         config,
         activation=read_activation(written, "activation_function", activation),
         gated=False,
         num_kv_heads=config.num_heads,
+        learned_positions=config.max_context,
         layer_norm=True,
         rms_norm_eps=written.number("layer_norm_epsilon", 1e-20, 1, default=1e-5),
         rope=replace(config.rope, rotary_dim=0),

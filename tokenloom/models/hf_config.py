@@ -27,7 +27,7 @@ GENERATION_FILE = "generation_config.json"
 # Far above every published model; they bound what a broken file can make anybody compute or allocate.
 MAX_VOCAB = 1 << 24
 MAX_WIDTH = 1 << 20
-MAX_LAYERS = 1 << 12
+MAX_LAYERS = 1 << 10
 MAX_HEADS = 1 << 14
 MAX_HEAD_DIM = 1 << 10
 MAX_CONTEXT = 1 << 26

@@ -62,7 +62,7 @@ class ModelDescription:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether some weights come out of the files in 8 or 4 bits."""
+        """Whether some weights are stored in fewer bits and were not asked for as floats."""
         if self.stored is None:
             return self.config.quantization is not None
         return any(form.dtype in ("int8", "int4") for forms in self.stored.values() for form in forms)

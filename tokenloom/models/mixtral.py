@@ -20,7 +20,7 @@ def _read(written: Fields, config: ModelConfig) -> ModelConfig:
     return replace(
         config,
         windows=sliding_everywhere(written, config),
-        experts=read_experts(written, width="intermediate_size", normalized=True),
+        experts=read_experts(written, config, width="intermediate_size", normalized=True),
     )
 
 

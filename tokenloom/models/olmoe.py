@@ -15,7 +15,7 @@ def _read(written: Fields, config: ModelConfig) -> ModelConfig:
         written.refuse("clip_qkv", "null")
     bias = written.flag("attention_bias", False)
     experts = read_experts(
-        written, width="intermediate_size", normalized=written.flag("norm_topk_prob", False)
+        written, config, width="intermediate_size", normalized=written.flag("norm_topk_prob", False)
     )
     return replace(config, attention_bias=bias, output_bias=bias, qk_norm="all", experts=experts)
 

@@ -42,6 +42,7 @@ def _read_qwen3_moe(written: Fields, config: ModelConfig) -> ModelConfig:
     dense = {layer for layer in range(config.num_layers) if layer in listed or (layer + 1) % step}
     experts = read_experts(
         written,
+        config,
         width="moe_intermediate_size",
         normalized=written.flag("norm_topk_prob", False),
         dense_layers=frozenset(dense),

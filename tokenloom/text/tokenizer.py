@@ -78,7 +78,8 @@ class Tokenizer:
         """Token ids of `text`; special tokens spelt out in it become their ids.
 
         `add_special_tokens` puts around it what the model expects around a text (often a BOS); a rendered
-        chat has that already. Raises `InvalidParameter` for text that is not valid Unicode.
+        chat has that already. Raises `InvalidParameter` for text that is not valid Unicode, or that the tokenizer's
+        files have no tokens for.
         """
         return self.encode_batch([text], add_special_tokens)[0]
 
@@ -93,6 +94,13 @@ class Tokenizer:
         except TypeError:
             # JSON may spell half of a surrogate pair ("\\ud800"), which is no character and has no tokens.
             raise InvalidParameter("prompt", texts, "text of valid Unicode characters") from None
+        except ModelError:
+            raise
+        except Exception as error:
+            # Such as no token for what is unknown, in files that lack one.
+            raise InvalidParameter(
+                "prompt", texts, f"text that the tokenizer has tokens for ({error})"
+            ) from error
 
     def encode_truncated(
         self, texts: Sequence[str], max_tokens: int, add_special_tokens: bool = True

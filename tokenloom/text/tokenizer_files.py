@@ -22,11 +22,14 @@ import tokenizers
 
 from tokenloom.errors import ModelError
 from tokenloom.text.build_tokenizer import put_around
+from tokenloom.text.library_checks import check_expansion
 from tokenloom.text.library_panics import panics_refused
 from tokenloom.text.vocabulary_files import Vocabulary, read_vocabulary
 
 _TRIAL = "A trial of 1 text,\n that h\u00e5s  all kinds of \u6587\u5b57 \U0001f600."
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Looking for a token in texts takes memory and time to prepare by its length.
+_MAX_ADDED_TOKEN = 1 << 12
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -85,11 +88,13 @@ def _try(backend: tokenizers.Tokenizer) -> None:
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     with panics_refused():
         try:
-            return tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception for a malformed file
             raise ModelError(
                 f"{path} that cannot be read ({error})", "a tokenizer.json of the `tokenizers` library"
             ) from error
+    check_expansion(backend, str(path))
+    return backend
 
 
 def _declare_added_tokens(config: dict[str, Any], added: Mapping[str, Any]) -> None:
@@ -138,6 +143,8 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # halves of characters have no UTF-8
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} that is not JSON ({error})", "a JSON object") from error
     if not isinstance(value, dict):
@@ -149,6 +156,12 @@ def _added_token(name: str, value: object, special: bool) -> tokenizers.AddedTok
     """The token that a field means, given as text or as an object with `content` and flags; None for none."""
     if value is None or value is False or value == "":
         return None
+    content = value.get("content") if isinstance(value, dict) else value
+    if isinstance(content, str) and len(content) > _MAX_ADDED_TOKEN:
+        raise ModelError(
+            f"{name} of {len(content)} characters in the tokenizer's configuration",
+            f"at most {_MAX_ADDED_TOKEN}",
+        )
     if isinstance(value, str):
         return tokenizers.AddedToken(value, special=special)
     if isinstance(value, dict) and isinstance(value.get("content"), str):
@@ -237,7 +250,9 @@ def _inline_templates(value: object, where: str) -> dict[str, str]:
         return {}
     if isinstance(value, str):
         return {"default": value}
-    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+    if isinstance(value, list) and all(
+        isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in value
+    ):
         value = {entry.get("name"): entry.get("template") for entry in value}
     if isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair):
         return dict(value)
