@@ -261,3 +261,10 @@ def test_mutated_config_is_read_or_refused(changes: dict[str, Any], rope: Any):
     frequencies, scale = inverse_frequencies(config.rope)
     assert scale > 0
     assert len(frequencies) == config.head_dim // 2
+
+
+def test_what_a_message_quotes_is_cut():
+    error = ModelError("x" * 1_000_000, "less")
+    assert (len(error.found), error.found[-4:]) == (8192, "x...")
+    assert str(error).endswith("; supported: less")
+    assert ModelError("x" * 8192, "less").found == "x" * 8192
