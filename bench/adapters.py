@@ -175,7 +175,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--work", type=Path, help="directory for adapters, 20 GB for M (work in the directory of results)")
     add("--again", action="store_true", help="measure parts again that are finished")
     add("--rounds", type=int, help="3, or 1 with --quick")
-    add("--threads", type=int, default=2)
+    add("--threads", type=int, help="compute threads (2)")
     add("--registered", type=int, help="adapters of `zipf`: 1000, or 24 with --quick")
     add("--many", type=int, help="adapters of `many`: 2000, or 48 with --quick")
     add(
@@ -187,7 +187,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--patience", type=float, default=60.0, help="seconds to wait for a quiet machine before each (60)")
     args = parser.parse_args()
     for name, (full, quick) in {
-        "rounds": (3, 1), "registered": (1000, 24), "many": (2000, 48), "max_other": (0.1, 1e9)
+        "rounds": (3, 1), "registered": (1000, 24), "many": (2000, 48), "max_other": (0.1, 1e9), "threads": (2, 2)
     }.items():  # fmt: skip
         if getattr(args, name) is None:
             setattr(args, name, quick if args.quick else full)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
-from rounds import Case, Figures
+from rounds import Case, Disturbed, Figures
 
 Prompts = list[list[int]]
 Choice = int | None
@@ -79,7 +79,7 @@ def decode(
 def rates(count: int, num_output: int, first: float, whole: float) -> Figures:
     """Figures of `count` requests that took `whole` seconds, `first` of them with one output token."""
     if whole <= first:
-        raise RuntimeError(f"{num_output} tokens took {whole:.3f} s, one token {first:.3f} s")
+        raise Disturbed(f"{num_output} tokens took {whole:.3f} s, one token {first:.3f} s")
     return {
         "decode_tok_s": count * (num_output - 1) / (whole - first),
         "end_to_end_tok_s": count * num_output / whole,

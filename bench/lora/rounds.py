@@ -20,6 +20,10 @@ Case = Callable[[str], Figures]
 """Measures once, with prompts that the seed decides."""
 
 
+class Disturbed(RuntimeError):
+    """A measurement says nothing: something else must have used the machine."""
+
+
 @dataclass(frozen=True)
 class Referee:
     """How often to measure, and when something else on the machine makes a measurement void."""
@@ -52,7 +56,13 @@ class Referee:
             if self.max_other < (os.cpu_count() or 1):
                 machine.wait_until_quiet(self.max_other, self.patience_s)
             load = machine.OtherLoad()
-            figures = case(f"{name}/{number}/{attempt}")
+            try:
+                figures = case(f"{name}/{number}/{attempt}")
+            except Disturbed as error:
+                say(f"  round {number}: {name}: {error}")
+                if attempt == self.attempts - 1:
+                    raise
+                continue
             other = round(load.cores(), 3)
             if other <= self.max_other:
                 break
