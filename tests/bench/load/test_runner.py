@@ -113,6 +113,8 @@ def test_nothing_is_sent_after_the_duration() -> None:
 
 
 def test_an_interruption_leaves_what_there_is() -> None:
+    # A shell that starts the tests in the background has them ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     sessions = [Session(0.0, (turn(),)), Session(0.01, (turn(),)), Session(60.0, (turn(),))]
     clock = Clock()
     server = Server(clock, 0.0)
@@ -127,7 +129,10 @@ def test_an_interruption_leaves_what_there_is() -> None:
     async def work() -> Run:
         return await Loader(Mixed(), lambda t, n: b"", clock).run(sessions)
 
-    run = run_async(work())
+    try:
+        run = run_async(work())
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert run.interrupted
     assert [record.error for record in run.records] == ["", "interrupted"]
     report = summarize(run)
