@@ -373,7 +373,14 @@ def test_an_interrupt_prints_what_there_is(server: ServeProcess) -> None:
     command = [sys.executable, "-c", "from tokenloom.cli.main import main; main()", "bench", "serve"]
     command += ["--base-url", server.url, "--vocab-size", "500", "--random-input-len", "8"]
     command += ["--random-output-len", "2", "--request-rate", "20", "--num-prompts", "100000", "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that starts the tests in the background has them ignore it, and what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     time.sleep(4)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
