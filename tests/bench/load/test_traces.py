@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tokenloom.bench.load.traces import (
-    MAX_SUBAGENTS,
+    MAX_NESTED,
     READERS,
     detect_format,
     read_azure,
@@ -176,17 +176,17 @@ def test_azure_errors(line: str, name: str, tmp_path: Path) -> None:
         list(read_azure(path))
 
 
-def test_subagents_of_subagents_end_somewhere(tmp_path: Path) -> None:
+def test_sessions_within_sessions_end_somewhere(tmp_path: Path) -> None:
     def nested(depth: int) -> Path:
         requests = [agent_turn(0, 64, [[1, 1]])]
         for _ in range(depth):
             requests = [agent_turn(0, 64, [[1, 1]]), {"type": "subagent", "t": 0, "requests": requests}]
         return write(tmp_path / "deep.jsonl", {**AGENT, "requests": requests})
 
-    [session] = READERS["coding-agent"](nested(MAX_SUBAGENTS))
-    assert count_turns([speed_up(session, 2.0)]) == MAX_SUBAGENTS + 1
+    [session] = READERS["coding-agent"](nested(MAX_NESTED))
+    assert count_turns([speed_up(session, 2.0)]) == MAX_NESTED + 1
     with pytest.raises(InvalidParameter, match="at most 32 of them deep"):
-        list(READERS["coding-agent"](nested(MAX_SUBAGENTS + 1)))
+        list(READERS["coding-agent"](nested(MAX_NESTED + 1)))
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"{}\n", b"[1]\n", b"hello\n", b"\xff\xfe\n", b'{"a": 1'])
@@ -209,7 +209,7 @@ def test_custom_prompts(tmp_path: Path) -> None:
 def test_first_requests_reads_no_further(tmp_path: Path) -> None:
     path = write(tmp_path / "c", AGENT, {"block_size": "broken"})
     taken = first_requests(READERS["coding-agent"](path), 3)
-    # Three of the four: two turns and the subagent that the second one starts.
+    # Three of the four: two turns and the session that the second one starts.
     assert count_turns(taken) == 3
     assert len(taken[0].turns) == 2
 
@@ -265,5 +265,5 @@ def test_published_traces(name: str, kind: str, rows: int | None, shared_data: P
     if kind == "azure":
         assert sum(s.turns[0].input_tokens for s in found) == sum(int(x.split(",")[1]) for x in lines[1:])
     if kind == "coding-agent":
-        # 30,091 requests of the sessions themselves and 549 of their subagents.
+        # 30,091 requests of the sessions themselves and 549 of those that they start.
         assert count_turns(found) == 30091 + 549

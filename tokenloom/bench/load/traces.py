@@ -30,8 +30,11 @@ MOONCAKE_BLOCK: Final = 512
 MAX_LINE: Final = 64 << 20
 """Bytes of the longest line that is read."""
 MAX_SECONDS: Final = 1e9
-MAX_SUBAGENTS: Final = 32
-"""How deep subagents may start subagents."""
+MAX_NESTED: Final = 32
+"""How deep sessions may start sessions."""
+
+_NESTED: Final = "subagent"
+"""What the trace calls a session that another one starts."""
 
 
 _AZURE_HEADER: Final = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
@@ -198,19 +201,19 @@ def read_coding_agent(path: Path) -> Iterator[Session]:
 
 
 def _agent_turns(line: Line, requests: list[dict[str, Any]], block: int, scope: int, path: str) -> list[Turn]:
-    """Turns of one agent; its subagents start where they did, from the end of the turn before them."""
+    """Turns of one agent; the sessions that it starts begin where they did, from the end of the turn before them."""
     turns: list[Turn] = []
     ended = 0.0
     for number, request in enumerate(requests):
         where = f"{path}requests[{number}]."
         time = line.seconds(request, "t", where=where)
-        if request.get("type") == "subagent":
-            if path.count("requests") >= MAX_SUBAGENTS:
-                line.refuse("requests", "subagents of subagents", f"at most {MAX_SUBAGENTS} of them deep")
+        if request.get("type") == _NESTED:
+            if path.count("requests") >= MAX_NESTED:
+                line.refuse("requests", "sessions within sessions", f"at most {MAX_NESTED} of them deep")
             nested = line.rows(request, "requests", where)
             session = Session(max(0.0, time - ended), tuple(_agent_turns(line, nested, block, scope, where)))
             if not turns:
-                line.refuse(where + "type", "subagent", "a request first: a subagent is started by one")
+                line.refuse(where + "type", _NESTED, "a request first, which starts the session")
             turns[-1] = replace(turns[-1], then=(*turns[-1].then, session))
             continue
         tokens = line.count(request, "in", 1, where)
