@@ -1,0 +1,110 @@
+"""Token trees: speculated continuations of one sequence, verified in one pass.
+
+The root is the last committed token, whose KV is still to be computed; it is no node. After Miao et al.,
+"SpecInfer: Accelerating Large Language Model Serving with Tree-based Speculative Inference and Verification"
+(ASPLOS 2024), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+MAX_NODES = 64
+"""Nodes of one tree at most: attention gathers up to 64 ancestors of a row."""
+
+ROOT = -1
+
+
+@dataclass(slots=True)
+class TokenTree:
+    """Node i has token `tokens[i]` and hangs below node `parents[i]` < i (`ROOT`: the root).
+
+    `chances[i]` is the estimated probability that the target takes the node where it takes its parent, in [0, 1].
+    `features[i]` is what each proposer that suggested it said about it: (number of the proposer, rank among the
+    siblings that it suggested, from 0, its own confidence in [0, 1]).
+    No two children of a node have one token.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
+    features: list[tuple[tuple[int, int, float], ...]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def depths(self) -> list[int]:
+        """Of each node: 1 below the root."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        return depths
+
+    def reaches(self) -> list[float]:
+        """Of each node: the estimated probability that the target takes the whole path to it."""
+        reaches: list[float] = []
+        for parent, chance in zip(self.parents, self.chances, strict=True):
+            reaches.append(chance if parent < 0 else reaches[parent] * chance)
+        return reaches
+
+    def children(self) -> dict[tuple[int, int], int]:
+        """(parent, token) → node."""
+        return {pair: node for node, pair in enumerate(zip(self.parents, self.tokens, strict=True))}
+
+    def path(self, node: int) -> list[int]:
+        """Tokens from below the root down to `node`; empty for the root."""
+        tokens: list[int] = []
+        while node >= 0:
+            tokens.append(self.tokens[node])
+            node = self.parents[node]
+        return tokens[::-1]
+
+    def keep(self, nodes: Sequence[int]) -> TokenTree:
+        """The tree of `nodes` alone, in their order: parents before children, every parent among them."""
+        number = {ROOT: ROOT} | {node: i for i, node in enumerate(nodes)}
+        return TokenTree(
+            [self.tokens[node] for node in nodes],
+            [number[self.parents[node]] for node in nodes],
+            [self.chances[node] for node in nodes],
+            [self.features[node] for node in nodes],
+        )
+
+    def check(self) -> None:
+        """Raise ValueError unless the tree is legal."""
+        count = len(self.tokens)
+        if count > MAX_NODES:
+            raise ValueError(f"a tree of {count} nodes, more than {MAX_NODES}")
+        if not len(self.parents) == len(self.chances) == len(self.features) == count:
+            raise ValueError("the columns of a tree have different lengths")
+        for node, (parent, chance) in enumerate(zip(self.parents, self.chances, strict=True)):
+            if not ROOT <= parent < node:
+                raise ValueError(f"node {node} has parent {parent}")
+            if not 0 <= chance <= 1:
+                raise ValueError(f"node {node} has the chance {chance}")
+        if len(self.children()) != count:
+            raise ValueError("two children of one node have the same token")
+
+
+def merge(trees: Iterable[TokenTree]) -> TokenTree:
+    """The union of the trees' token sequences (section 3.2 of the paper): nodes are one iff the tokens from the
+    root to them are equal. A node that several trees have keeps what each of them said; its chance is the highest.
+    """
+    merged = TokenTree()
+    known: dict[tuple[int, int], int] = {}
+    for tree in trees:
+        number = {ROOT: ROOT}
+        for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
+            key = (number[parent], token)
+            found = known.get(key)
+            if found is None:
+                found = known[key] = len(merged.tokens)
+                merged.tokens.append(token)
+                merged.parents.append(key[0])
+                merged.chances.append(tree.chances[node])
+                merged.features.append(tree.features[node])
+            else:
+                merged.chances[found] = max(merged.chances[found], tree.chances[node])
+                merged.features[found] += tree.features[node]
+            number[node] = found
+    return merged
