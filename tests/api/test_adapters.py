@@ -189,7 +189,7 @@ def test_running_requests_keep_their_version(server: Server, directories: dict[s
     assert len({fingerprint for _, fingerprint in seen}) == 3
     assert len({str(tokens) for tokens, _ in seen}) == 3
     wait_until(server.is_idle)
-    server.engine.scheduler.check()
+    server.engine.check()
 
 
 def test_a_version_is_gone_with_its_last_request(server: Server, directories: dict[str, Path]) -> None:

@@ -106,7 +106,7 @@ def test_a_closed_stream_cancels_the_request(built: list[EngineParts]) -> None:
     assert built[0].engine.has_work
     pieces.close()  # type: ignore[attr-defined]
     assert not built[0].engine.has_work
-    built[0].engine.scheduler.check()
+    built[0].engine.check()
 
 
 def test_chat_remembers_until_reset(built: list[EngineParts]) -> None:

@@ -38,7 +38,13 @@ class ShadowExecutor:
             slots = (pages[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)).ravel()
             for row in range(batch.starts[segment], batch.starts[segment + 1]):
                 logical = int(batch.logical[row])
-                seen = self.kv[slots[:logical]].astype(object)
+                path = slots.copy()
+                parent = int(batch.parents[row])
+                while parent >= 0:
+                    if batch.slots[parent] >= 0:
+                        path[batch.logical[parent]] = batch.slots[parent]
+                    parent = int(batch.parents[parent])
+                seen = self.kv[path[:logical]].astype(object)
                 total = int((seen * (np.arange(logical) + 7).astype(object)).sum()) if logical else 0
                 value = (total * 31 + int(batch.token_ids[row]) * 1_000_003 + logical) % PRIME
                 if batch.slots[row] >= 0:
@@ -65,6 +71,10 @@ class ShadowExecutor:
         logprobs = np.array([int(prints[r]) % 9973 for r in rows.rows.tolist()], np.float32)
         hidden = np.stack([prints % 9973, prints % 9967], axis=1)[batch.hidden_rows].astype(np.float32)
         return StepResult(np.array(tokens, np.int32), logprobs, top, hidden=hidden)
+
+    def move_slots(self, moves: np.ndarray) -> None:
+        for source, target in moves.tolist():
+            self.kv[target] = self.kv[source]
 
     def close(self) -> None:
         """Nothing to release."""

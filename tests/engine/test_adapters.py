@@ -159,7 +159,7 @@ def test_pinned_adapters_stay_and_retired_ones_go_with_their_last_request() -> N
     assert "c" not in engine.adapters.resident
     engine.adapters.retire("a")
     assert source.forgotten == ["c", "a"]
-    engine.scheduler.check()
+    engine.check()
 
 
 def test_pins_leave_room_for_everybody() -> None:
@@ -236,7 +236,7 @@ def test_cancelling_the_last_who_wants_it_stops_the_fetch() -> None:
     engine.cancel("adapted")
     assert not engine.adapters.resident
     assert engine.adapters.pages.num_used == 0
-    engine.scheduler.check()
+    engine.check()
 
 
 def test_what_never_fits_is_refused() -> None:
@@ -367,7 +367,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def books(self) -> None:
-        self.engine.scheduler.check()
+        self.engine.check()
         pool = self.engine.scheduler.cache.pages.pool
         pool.check()
         frames = len(self.engine.scheduler.cache.pages.frames) + len(self.engine.adapters.pages.frames)

@@ -126,7 +126,7 @@ def test_scoring_without_output() -> None:
         (1, [], "length"),
     ]
     assert deltas[0].prompt_logprobs is not None and len(deltas[0].prompt_logprobs) == 31
-    engine.scheduler.check()
+    engine.check()
 
 
 def test_eos_and_stop_tokens_end_a_sequence() -> None:
@@ -147,7 +147,7 @@ def test_cancel_frees_everything() -> None:
         engine.step()
     for i in range(20):
         assert engine.cancel(f"r{i:03d}")
-        engine.scheduler.check()
+        engine.check()
     assert not engine.cancel("r000") and not engine.has_work
     assert engine.scheduler.cache.references == {} and engine.step() == []
 

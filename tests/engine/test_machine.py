@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 from hypothesis import settings
@@ -15,7 +16,9 @@ from tokenloom.engine.batch import PAGE_SIZE
 from tokenloom.engine.engine import Engine, EngineLimits
 from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
 from tokenloom.engine.policies.queue_order import QueueOrder
+from tokenloom.engine.proposer import Proposal
 from tokenloom.engine.sequence import Sequence
+from tokenloom.engine.speculator import SpeculationLimits, Speculator
 
 VOCAB = 13
 STEP = 0.010
@@ -25,6 +28,7 @@ def shadow_engine(num_pages: int, **options: Any) -> Engine:
     clock = VirtualClock()
     budget = options.pop("budget", ChunkedPrefill(max_batch_tokens=64))
     order = options.pop("order", QueueOrder())
+    speculator = options.pop("speculator", None)
     limits = EngineLimits(
         vocab_size=VOCAB,
         max_context=96,
@@ -36,10 +40,57 @@ def shadow_engine(num_pages: int, **options: Any) -> Engine:
         **options,
     )
     slots = (num_pages + 4) * PAGE_SIZE
-    return Engine(ShadowExecutor(clock, slots, VOCAB), limits, budget=budget, order=order, clock=clock)
+    return Engine(
+        ShadowExecutor(clock, slots, VOCAB),
+        limits,
+        budget=budget,
+        order=order,
+        clock=clock,
+        speculator=speculator,
+    )
 
 
 Output = tuple[list[int], Any, bytes | None]
+"""All tokens of a sample, how it ended, and its embedding."""
+
+
+class RandomTrees:
+    """Proposes trees of any shape with tokens at random: with so small a vocabulary, many are right."""
+
+    name = "random"
+
+    def __init__(self, seed: int) -> None:
+        self._rng = random.Random(seed)
+
+    def propose(self, wanted: Any) -> list[Proposal]:
+        return [self._tree(want.max_nodes) for want in wanted]
+
+    def _tree(self, most: int) -> Proposal:
+        rng = self._rng
+        tree = Proposal()
+        taken: dict[int, list[int]] = {-1: rng.sample(range(VOCAB), VOCAB)}
+        for node in range(rng.randrange(0, min(most, 20) + 1)):
+            parent = rng.choice([parent for parent, left in taken.items() if left])
+            tree.tokens.append(taken[parent].pop())
+            tree.parents.append(parent)
+            tree.ranks.append(0)
+            tree.confidences.append(rng.random())
+            taken[node] = rng.sample(range(VOCAB), VOCAB)
+        return tree
+
+    def forget(self, seq: Sequence) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def joined(outputs: dict[int, list[Output]]) -> dict[int, Output]:
+    """Everything that each sample got, however many tokens came at a time."""
+    return {
+        sample: ([token for part in parts for token in part[0]], *parts[-1][1:])
+        for sample, parts in outputs.items()
+    }
 
 
 def output_alone(spec: dict[str, Any]) -> dict[int, list[Output]]:
@@ -65,6 +116,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_running=st.integers(3, 8),
         policy=st.sampled_from(["fcfs", "priority"]),
         prefix_cache=st.booleans(),
+        trees=st.none() | st.integers(0, 9),
     )
     def start(
         self,
@@ -75,6 +127,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_running: int,
         policy: Any,
         prefix_cache: bool,
+        trees: int | None,
     ) -> None:
         self.engine = shadow_engine(
             num_pages,
@@ -83,6 +136,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             prefix_cache=prefix_cache,
             budget=ChunkedPrefill(max_batch_tokens=max_batch, max_chunk_tokens=max_chunk),
             order=QueueOrder(policy, age_bound=1.0),
+            speculator=None
+            if trees is None
+            else Speculator([RandomTrees(trees)], SpeculationLimits(max_nodes=20)),
         )
         self.specs: dict[str, dict[str, Any]] = {}
         self.outputs: dict[str, dict[int, list[Output]]] = {}
@@ -179,7 +235,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert cache.pages.num_used == 0
         assert cache.pages.pool.num_free == cache.pages.pool.num_frames
         for name, outputs in self.outputs.items():
-            assert outputs == output_alone(self.specs[name]), name
+            assert joined(outputs) == joined(output_alone(self.specs[name])), name
 
 
 TestScheduler = SchedulerMachine.TestCase

@@ -183,7 +183,7 @@ def test_cancelled_embeddings_leave_nothing() -> None:
         assert engine.cancel(f"r{i}")
     assert not engine.has_work
     assert not engine.scheduler.cache.references
-    engine.scheduler.check()
+    engine.check()
 
 
 # --- refusals --------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def tokens(outputs: list[RequestOutput]) -> list[list[list[int]]]:
 
 def is_clean(llm: LLM) -> bool:
     engine = llm._parts.engine
-    engine.scheduler.check()
+    engine.check()
     return not engine.has_work and not engine.scheduler.cache.references
 
 

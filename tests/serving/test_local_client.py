@@ -130,7 +130,7 @@ async def test_a_failing_stop_checker_ends_only_its_request(
     assert "no text" in str(results[0])
     assert isinstance(results[2], TokenloomError)
     assert results[1] == alone(tokenizer_directory, request("b"))
-    parts.engine.scheduler.check()
+    parts.engine.check()
     await client.close()
 
 

@@ -144,6 +144,9 @@ class TokenBatch:
         pages = self.page_tables[segment]
         if (self.logical[begin:end] // PAGE_SIZE >= len(pages)).any():
             raise ValueError(f"segment {segment}: the page table ends before the last key")
+        if self.work[segment] == Work.VERIFY:
+            self._check_tree(segment, begin, end)
+            return
         if self.work[segment] not in (Work.PREFILL, Work.DECODE):
             return
         first = int(self.context_lens[segment])
@@ -154,6 +157,16 @@ class TokenBatch:
         slots = self.slots[begin:end]
         if ((slots >= 0) & (slots != own)).any():
             raise ValueError(f"segment {segment}: slots {slots.tolist()} are not those of its keys")
+
+    def _check_tree(self, segment: int, begin: int, end: int) -> None:
+        """One root, then nodes below it, each one place behind its parent."""
+        parents, logical = self.parents[begin:end], self.logical[begin:end]
+        if parents[0] != -1 or logical[0] != self.context_lens[segment]:
+            raise ValueError(f"segment {segment}: the root is not the next token")
+        if (parents[1:] < begin).any() or (parents[1:] >= np.arange(begin + 1, end)).any():
+            raise ValueError(f"segment {segment}: parents {parents.tolist()} do not come first")
+        if (logical[1:] != self.logical[parents[1:]] + 1).any():
+            raise ValueError(f"segment {segment}: {logical.tolist()} are not one behind the parents'")
 
 
 @dataclass(slots=True)
@@ -195,6 +208,10 @@ class Executor(Protocol):
 
     def collect(self, ticket: Ticket) -> StepResult:
         """Wait for the batch; returns one entry per logit row, and one row of `hidden` per hidden row."""
+
+    def move_slots(self, moves: Int64) -> None:
+        """Copy K and V of slots, `moves` int64[M, 2] (source, destination), one after the other; done before any
+        later batch."""
 
     def close(self) -> None:
         """Release memory and threads."""

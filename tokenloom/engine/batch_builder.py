@@ -12,6 +12,7 @@ from tokenloom.engine.batch import PAGE_SIZE, LogitEdits, LogitRows, TokenBatch,
 from tokenloom.engine.plan import LogitEntry, Plan, PooledRun
 from tokenloom.engine.sampling_rules import logit_edits
 from tokenloom.engine.sequence import Sequence
+from tokenloom.engine.token_tree import TokenTree
 
 _MASK64 = (1 << 64) - 1
 _NO_COPIES = np.zeros((0, 2), np.int32)
@@ -67,6 +68,8 @@ def build_batch(plan: Plan, table: SequenceTable) -> TokenBatch:
     contexts: list[int] = []
     work: list[int] = []
     unwritten: list[int] = []
+    trees = plan.trees
+    segment_trees: list[tuple[int, int, TokenTree]] = []
     entries = plan.entries
     entry_rows: list[int] = []
     entry_owners: list[int] = []
@@ -78,7 +81,13 @@ def build_batch(plan: Plan, table: SequenceTable) -> TokenBatch:
         contexts.append(start)
         if seq.num_stored > start:
             unwritten.extend(range(offset, offset + seq.num_stored - start))
-        if end - start == 1 and end > seq.num_prompt:
+        tree = trees.get(seq)
+        if tree is not None:
+            token_ids.append(tokens[start])
+            token_ids.extend(tree.tokens)
+            work.append(Work.VERIFY)
+            segment_trees.append((offset, start, tree))
+        elif end - start == 1 and end > seq.num_prompt:
             token_ids.append(tokens[start])
             work.append(Work.DECODE)
         else:
@@ -94,12 +103,17 @@ def build_batch(plan: Plan, table: SequenceTable) -> TokenBatch:
                 plan.pooled.append(PooledRun(seq, len(pooled)))
                 hidden_rows.extend(offset + position - start for position in pooled)
         offset += end - start
-        starts.append(offset)
         if end == len(tokens) and end < seq.max_length:
             for sampled in (seq, *seq.siblings):
                 entries.append(LogitEntry(sampled, -1))
                 entry_rows.append(offset - 1)
                 entry_owners.append(seq.row)
+        if tree is not None:
+            entries.extend(LogitEntry(seq, -1, path) for path in tree.paths())
+            entry_rows.extend(range(offset, offset + len(tree)))
+            entry_owners.extend([seq.row] * len(tree))
+            offset += len(tree)
+        starts.append(offset)
     segment_starts = np.array(starts, np.int32)
     segment_rows = np.array(rows, np.intp)
     context_lens = np.array(contexts, np.int32)
@@ -108,6 +122,12 @@ def build_batch(plan: Plan, table: SequenceTable) -> TokenBatch:
     owner = np.repeat(segment_rows, lengths)
     slots = table.pages[owner, positions // PAGE_SIZE].astype(np.int64) * PAGE_SIZE + positions % PAGE_SIZE
     slots[unwritten] = -1
+    parents = np.full(offset, -1, np.int32)
+    for first, start, tree in segment_trees:
+        nodes = slice(first + 1, first + 1 + len(tree))
+        # Nodes lie in the slots behind the root's in their order; where they stand in the text is their depth.
+        positions[nodes] = start + np.array(tree.depths(), np.int32)
+        parents[nodes] = first + 1 + np.array(tree.parents, np.int32)
     num_pages = int((context_lens + lengths).max()) // PAGE_SIZE + 1 if rows else 1
     copies = plan.page_copies
     return TokenBatch(
@@ -115,7 +135,7 @@ def build_batch(plan: Plan, table: SequenceTable) -> TokenBatch:
         positions=positions,
         logical=positions,
         slots=slots,
-        parents=np.full(offset, -1, np.int32),
+        parents=parents,
         starts=segment_starts,
         context_lens=context_lens,
         page_tables=table.pages[segment_rows, :num_pages],
@@ -131,16 +151,16 @@ def _logit_rows(
     entries: list[LogitEntry], entry_rows: list[int], entry_owners: list[int], table: SequenceTable
 ) -> LogitRows:
     owners = np.array(entry_owners, np.intp)
-    targets = np.array([target for _, target in entries], np.int32)
-    positions = np.array([len(seq.tokens) for seq, _ in entries], np.int64)
-    sample_index = np.array([seq.index for seq, _ in entries], np.uint32)
+    targets = np.array([entry.target for entry in entries], np.int32)
+    positions = np.array([len(seq.tokens) + len(path) for seq, _, path in entries], np.int64)
+    sample_index = np.array([entry.seq.index for entry in entries], np.uint32)
     num_logprobs = table.num_logprobs[owners]
     edits: dict[int, LogitEdits] = {}
-    for i, (seq, target) in enumerate(entries):
+    for i, (seq, target, path) in enumerate(entries):
         if target >= 0:
             num_logprobs[i] = seq.request.params.prompt_logprobs or 0
         elif seq.needs_edits:
-            edit = logit_edits(seq)
+            edit = logit_edits(seq, path)
             if edit is not None:
                 edits[i] = edit
     return LogitRows(

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
+import numpy as np
+
 from tokenloom.clock import Clock, MonotonicClock
 from tokenloom.engine.adapter_pool import AdapterPool, AdapterSource, NoAdapters
 from tokenloom.engine.batch import PAGE_SIZE, Executor, Work
@@ -20,7 +22,9 @@ from tokenloom.engine.pooling import check_pooling
 from tokenloom.engine.prefix_cache import PrefixCache, root_digest
 from tokenloom.engine.request import Request, SequenceDelta, StopCheckerFactory, no_stop_strings
 from tokenloom.engine.scheduler import Scheduler
+from tokenloom.engine.scheduler_check import check_scheduler
 from tokenloom.engine.sequence import Sequence
+from tokenloom.engine.speculator import Speculator
 from tokenloom.errors import ContextLengthExceeded, InvalidParameter, QueueFull
 
 
@@ -63,6 +67,7 @@ class Engine:
         clock: Clock | None = None,
         stop_checkers: StopCheckerFactory = no_stop_strings,
         adapters: AdapterSource | None = None,
+        speculator: Speculator | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
         self.executor = executor
@@ -90,6 +95,8 @@ class Engine:
             order or QueueOrder(),
             limits.admission,
         )
+        self.speculator = speculator or Speculator()
+        self.scheduler.on_stop = self.speculator.forget
         self._eos = frozenset(limits.eos_token_ids)
         self._num_steps = 0
         self._fetched_seen = self._evicted_seen = 0
@@ -223,6 +230,8 @@ class Engine:
         if not plan.runs:
             return []
         planned = perf_counter()
+        self.speculator.extend(plan, self.scheduler)
+        proposed = perf_counter()
         batch = build_batch(plan, self.scheduler.table)
         if self.limits.debug:
             batch.check()
@@ -230,17 +239,21 @@ class Engine:
         result = self.executor.collect(self.executor.submit(batch))
         executed = perf_counter()
         deltas = self.scheduler.commit(plan, result, self.clock.now())
+        if self.scheduler.moves:
+            self.executor.move_slots(np.array(self.scheduler.moves, np.int64))
+        self.speculator.observe(plan, self.scheduler.accepted)
         if self.limits.debug:
-            self.scheduler.check()
+            self.check()
         self._num_steps += 1
         if self.on_step is not None:
             seconds = {
                 "plan": planned - started,
-                "build": built - planned,
+                "propose": proposed - planned,
+                "build": built - proposed,
                 "execute": executed - built,
                 "commit": perf_counter() - executed,
             }
-            self.on_step(self._record(plan, deltas, seconds, int((batch.work == Work.DECODE).sum())))
+            self.on_step(self._record(plan, deltas, seconds, int((batch.work != Work.PREFILL).sum())))
         return deltas
 
     def _record(
@@ -248,11 +261,14 @@ class Engine:
     ) -> StepRecord:
         scheduler = self.scheduler
         cache = scheduler.cache
+        num_nodes = sum(len(tree) for tree in plan.trees.values())
         record = StepRecord(
             step=self._num_steps,
             time=plan.now,
-            prefill_rows=plan.num_rows - num_decodes,
+            prefill_rows=plan.num_rows - num_decodes - num_nodes,
             decode_rows=num_decodes,
+            verify_rows=num_nodes,
+            num_accepted=sum(len(nodes) for nodes in scheduler.accepted.values()),
             context_tokens=sum(run.end for run in plan.runs),
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting) + len(scheduler.parked),
@@ -276,6 +292,11 @@ class Engine:
         self._hits_seen = scheduler.prefix_hits
         return record
 
+    def check(self) -> None:
+        """Raise AssertionError unless every invariant holds between two steps."""
+        check_scheduler(self.scheduler)
+
     def close(self) -> None:
-        """Release the executor."""
+        """Release the proposers and the executor."""
+        self.speculator.close()
         self.executor.close()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tokenloom.engine.sequence import Sequence
+from tokenloom.engine.token_tree import TokenTree
 
 
 class Run(NamedTuple):
@@ -17,10 +19,12 @@ class Run(NamedTuple):
 
 
 class LogitEntry(NamedTuple):
-    """Whom a logit row is for: `target` -1 samples the next token of `seq`, else scores that prompt token."""
+    """Whom a logit row is for: `target` -1 samples the next token of `seq` after `path` (tokens of a tree that
+    follow the committed ones), else scores that prompt token."""
 
     seq: Sequence
     target: int
+    path: Seq[int] = ()
 
 
 class PooledRun(NamedTuple):
@@ -32,13 +36,18 @@ class PooledRun(NamedTuple):
 
 @dataclass(slots=True)
 class Plan:
-    """One step: the runs in batch order, and the page copies (source, destination) to do before."""
+    """One step: the runs in batch order, and the page copies (source, destination) to do before.
+
+    `trees` hang below the last token of a decoding run; their rows follow that token's. `entries` and `pooled` are
+    filled when the batch is built.
+    """
 
     now: float
     runs: list[Run] = field(default_factory=list)
     page_copies: list[tuple[int, int]] = field(default_factory=list)
     entries: list[LogitEntry] = field(default_factory=list)
     pooled: list[PooledRun] = field(default_factory=list)
+    trees: dict[Sequence, TokenTree] = field(default_factory=dict)
     num_rows: int = 0
 
     def drop(self, seq: Sequence) -> None:
@@ -52,7 +61,8 @@ class Plan:
 class StepRecord:
     """What one step did. Metrics, the cost model and the simulator read this one record.
 
-    Rows by work, sequences by state after the step, pages by use, `seconds` by phase (plan, build, execute,
+    Rows by work (`verify_rows`: nodes of trees, whose roots are decode rows; `num_accepted` of them became tokens),
+    sequences by state after the step, pages by use, `seconds` by phase (plan, build, execute,
     commit), and counts of events in the step.
     """
 
@@ -75,3 +85,5 @@ class StepRecord:
     adapter_bytes: int = 0
     adapters_fetched: int = 0
     adapters_evicted: int = 0
+    verify_rows: int = 0
+    num_accepted: int = 0

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
+
 import numpy as np
 
 from tokenloom.engine.batch import LogitEdits
 from tokenloom.engine.sequence import Sequence
 
 
-def logit_edits(seq: Sequence) -> LogitEdits | None:
-    """The edits for the next token of `seq`, or None when there are none at this position."""
+def logit_edits(seq: Sequence, path: Seq[int] = ()) -> LogitEdits | None:
+    """The edits for the token of `seq` after its committed ones and `path`, or None when there are none there."""
     params = seq.request.params
     edits = LogitEdits()
     empty = True
@@ -19,6 +21,8 @@ def logit_edits(seq: Sequence) -> LogitEdits | None:
     if params.has_penalties:
         counts = dict.fromkeys(seq.tokens[: seq.num_prompt], 0)
         counts.update(seq.output_counts)
+        for token in path:
+            counts[token] = counts.get(token, 0) + 1
         edits.seen_ids = np.fromiter(counts.keys(), np.int32, len(counts))
         edits.output_counts = np.fromiter(counts.values(), np.int32, len(counts))
         edits.repetition_penalty = params.repetition_penalty
@@ -26,7 +30,7 @@ def logit_edits(seq: Sequence) -> LogitEdits | None:
         edits.presence_penalty = params.presence_penalty
         empty = False
     bias: dict[int, float] = dict(params.logit_bias)
-    for token in banned_tokens(seq):
+    for token in banned_tokens(seq, path):
         bias[token] = -np.inf
     if bias:
         edits.bias_ids = np.fromiter(bias.keys(), np.int32, len(bias))
@@ -35,16 +39,22 @@ def logit_edits(seq: Sequence) -> LogitEdits | None:
     return None if empty else edits
 
 
-def banned_tokens(seq: Sequence) -> set[int]:
-    """Tokens that may not come next: ends before `min_tokens`, and the last token of each begun bad word."""
+def banned_tokens(seq: Sequence, path: Seq[int] = ()) -> set[int]:
+    """Tokens that may not come after `path`: ends before `min_tokens`, and the last token of each begun bad word."""
     banned: set[int] = set()
-    if len(seq.tokens) < seq.min_length:
+    if len(seq.tokens) + len(path) < seq.min_length:
         banned |= seq.stop_ids
     for word in seq.bad_word_ids:
         head = len(word) - 1
-        if head == 0 or (seq.num_output >= head and tuple(seq.tokens[-head:]) == word[:-1]):
+        if head == 0 or (seq.num_output + len(path) >= head and _last(seq.tokens, path, head) == word[:-1]):
             banned.add(word[-1])
     return banned
+
+
+def _last(tokens: Seq[int], path: Seq[int], count: int) -> tuple[int, ...]:
+    """The last `count` > 0 of tokens and path together."""
+    before = max(count - len(path), 0)
+    return (*tokens[len(tokens) - before :], *path[max(len(path) - count, 0) :])
 
 
 def finish_if_done(seq: Sequence, token: int) -> bool:

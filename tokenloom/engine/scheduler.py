@@ -8,7 +8,7 @@ order is never preempted, so it finishes, and by induction everybody does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Callable
 
 from tokenloom.engine.adapter_pool import AdapterPool
 from tokenloom.engine.adapter_queue import AdapterQueue
@@ -22,6 +22,7 @@ from tokenloom.engine.prefix_cache import PrefixCache, extend_chain
 from tokenloom.engine.request import RequestTimings, SequenceDelta, TokenLogprobs
 from tokenloom.engine.sampling_rules import finish_if_done
 from tokenloom.engine.sequence import Sequence, State
+from tokenloom.engine.token_tree import ROOT, TokenTree
 from tokenloom.engine.waiting import WaitingQueue
 
 
@@ -56,8 +57,14 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
+        self.moves: list[tuple[int, int]] = []
+        """Slots (source, destination) whose K and V the executor must move before anything else, in this order."""
+        self.accepted: dict[Sequence, list[int]] = {}
+        """Of the last step: the nodes of each tree that became tokens, in order of depth."""
+        self.on_stop: Callable[[Sequence], None] = lambda seq: None
+        """Told of each sequence that stops running."""
         self._copies: list[tuple[Sequence, int, int]] = []
-        self._rows_promised = 0
+        self.rows_promised = 0
         self._ended: list[str] = []
         """Adapters of requests that this commit ended."""
 
@@ -114,7 +121,8 @@ class Scheduler:
     def _stop_running(self, seq: Sequence) -> None:
         """Give back the pages and the row of a running sequence."""
         del self.running[seq]
-        self._rows_promised -= len(seq.siblings)
+        self.on_stop(seq)
+        self.rows_promised -= len(seq.siblings)
         self.table.free(seq)
         self.cache.release(seq.truncate(0))
         self.adapters.release(seq.request.adapter)
@@ -252,7 +260,7 @@ class Scheduler:
 
     def _fits(self, seq: Sequence, promised_pages: int) -> bool:
         """Whether rows and pages for all tokens of a waiting `seq` are there, beside what is promised."""
-        if self.table.num_free - self._rows_promised < 1 + len(seq.siblings):
+        if self.table.num_free - self.rows_promised < 1 + len(seq.siblings):
             return False
         hits = self._cached_pages(seq)
         needed = seq.num_pages_missing(len(seq.tokens)) - len(hits)
@@ -299,7 +307,7 @@ class Scheduler:
             self._take_hits(seq)
             self._start_running(seq, now)
             self._dequeue(seq)
-            self._rows_promised += len(seq.siblings)
+            self.rows_promised += len(seq.siblings)
             if seq.scheduled_time < 0:
                 seq.scheduled_time = now
             self._plan_chunk(plan, seq)
@@ -322,7 +330,12 @@ class Scheduler:
     # --- committing --------------------------------------------------------------------------------------
 
     def commit(self, plan: Plan, result: StepResult, now: float) -> list[SequenceDelta]:
-        """Append what was sampled, register full pages, end what is done; returns what to stream."""
+        """Append what was sampled, register full pages, end what is done; returns what to stream.
+
+        `moves` are for the executor to do before the next step, and before any page is given to somebody else.
+        """
+        self.moves.clear()
+        self.accepted.clear()
         for seq, _, end in plan.runs:
             seq.num_computed = end
             if end > seq.num_stored:
@@ -334,8 +347,8 @@ class Scheduler:
         for i, entry in enumerate(plan.entries):
             if entry.target >= 0:
                 self._commit_score(entry, i, result)
-            else:
-                self._commit_token(entry.seq, tokens[i], i, result, now, deltas)
+            elif not entry.path:
+                self._commit_tokens(entry.seq, plan.trees.get(entry.seq), tokens, i, result, now, deltas)
         first = 0
         for seq, num_rows in plan.pooled:
             seq.pool(result.hidden[first : first + num_rows])
@@ -363,29 +376,83 @@ class Scheduler:
         seq.prompt_logprobs.append(_token_logprobs(entry.target, float(result.logprobs[i]), result.top[i]))
         seq.num_scored += 1
 
-    def _commit_token(
-        self, seq: Sequence, token: int, i: int, result: StepResult, now: float, deltas: list[SequenceDelta]
+    def _commit_tokens(
+        self,
+        seq: Sequence,
+        tree: TokenTree | None,
+        tokens: list[int],
+        i: int,
+        result: StepResult,
+        now: float,
+        deltas: list[SequenceDelta],
     ) -> None:
+        """Commit the token of logit row i, and those of the nodes of `tree` (rows i + 1 + node) that it leads to.
+
+        Each row has sampled the token that follows its own path, as plain decoding would have; it counts if the
+        path is what was committed before it.
+        """
         if seq.siblings:
             self._fork(seq, now)
         first = seq.num_prompt == len(seq.tokens)
         if first:
             seq.first_token_time = now
-        seq.append(token)
-        done = finish_if_done(seq, token)
-        logprobs = []
-        if seq.wants_logprobs:
-            logprobs.append(_token_logprobs(token, float(result.logprobs[i]), result.top[i]))
-        deltas.append(self._delta(seq, [token], logprobs, first, done, now))
+        taken: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        nodes: list[int] = []
+        children = tree.children() if tree is not None else {}
+        node: int | None = ROOT
+        done = False
+        while node is not None and not done:
+            row = i + 1 + node
+            token = tokens[row]
+            seq.append(token)
+            taken.append(token)
+            done = finish_if_done(seq, token)
+            if seq.wants_logprobs:
+                logprobs.append(_token_logprobs(token, float(result.logprobs[row]), result.top[row]))
+            node = children.get((node, token))
+            if node is not None and not done:
+                nodes.append(node)
+        if tree is not None:
+            self._settle(seq, tree, nodes)
+        deltas.append(self._delta(seq, taken, logprobs, first, done, now))
         if done:
             self._retire(seq)
         elif not seq.pages and seq.state is State.RUNNING:
             self._preempt(seq)
 
+    def _settle(self, seq: Sequence, tree: TokenTree, nodes: list[int]) -> None:
+        """Keep the KV of the committed `nodes` of a tree, at the places of their tokens, and give the rest back."""
+        start = seq.num_computed
+        for place, node in enumerate(nodes, start):
+            if node + start != place:
+                self.moves.append((seq.slot(start + node), seq.slot(place)))
+        seq.num_drafted += len(tree)
+        seq.num_accepted += len(nodes)
+        seq.num_computed = seq.num_stored = start + len(nodes)
+        if seq.num_computed // PAGE_SIZE > seq.num_registered:
+            self._register(seq, seq.num_computed)
+        self.cache.release(seq.truncate(seq.num_computed))
+        self.accepted[seq] = nodes
+
+    def reserve_scratch(self, seq: Sequence, num_nodes: int) -> int:
+        """Have slots behind the last token of a decoding sequence for nodes of a tree: for how many, at most
+        `num_nodes`. Nobody is preempted for them, and a page for everybody who runs stays available."""
+        table = self.table.pages
+        length = len(seq.tokens)
+        num_nodes = min(num_nodes, table.shape[1] * PAGE_SIZE - length)
+        while seq.num_pages_missing(length + num_nodes) > 0:
+            page = self.cache.allocate() if self.cache.num_available > len(self.running) else None
+            if page is None:
+                break
+            table[seq.row, len(seq.pages)] = page
+            seq.pages.append(page)
+        return max(min(num_nodes, len(seq.pages) * PAGE_SIZE - length), 0)
+
     def _finish_unsampled(self, seq: Sequence, now: float, deltas: list[SequenceDelta]) -> None:
         """End a request of `max_tokens` 0 once its prompt is computed. For an embedding that is all there is."""
         siblings, seq.siblings = seq.siblings, []
-        self._rows_promised -= len(siblings)
+        self.rows_promised -= len(siblings)
         for ended in (seq, *siblings):
             ended.finish_reason = "length" if ended.request.pooling is None else "stop"
             deltas.append(self._delta(ended, [], [], True, True, now))
@@ -427,7 +494,7 @@ class Scheduler:
     def _fork(self, leader: Sequence, now: float) -> None:
         """Start the other samples of a request on the leader's prompt pages, without copying full ones."""
         siblings, leader.siblings = leader.siblings, []
-        self._rows_promised -= len(siblings)
+        self.rows_promised -= len(siblings)
         for seq in siblings:
             for page in leader.fork(seq):
                 self.cache.acquire(page)
@@ -440,47 +507,6 @@ class Scheduler:
                     self._copies.append((seq, leader.pages[len(seq.pages)], own_page))
                     seq.pages.append(own_page)
             self._start_running(seq, now)
-
-    # --- invariants --------------------------------------------------------------------------------------
-
-    def check(self) -> None:
-        """Raise AssertionError unless pages, rows and states are consistent."""
-        self.adapters.check_books(seq.request.adapter for seq in self.running if seq.request.adapter)
-        waiters: dict[str, int] = {}
-        for seq in self.waiting:
-            waiters[seq.request.adapter] = waiters.get(seq.request.adapter, 0) + 1
-        for adapter, found in self.adapters.resident.items():
-            if found.waiters != waiters.pop(adapter, 0):
-                raise AssertionError(f"adapter {adapter} has {found.waiters} waiters")
-        if waiters.keys() - {""}:
-            raise AssertionError(f"sequences wait for pages without their adapters {sorted(waiters)}")
-        self.parked.check()
-        self.cache.check(seq.pages for seq in self.running)
-        rows = [seq.row for seq in self.running]
-        if len(set(rows)) != len(rows) or len(rows) + self.table.num_free != len(self.table.pages):
-            raise AssertionError(f"rows {rows} are not one per running sequence")
-        if self._rows_promised != sum(len(seq.siblings) for seq in self.running):
-            raise AssertionError("promised rows do not add up")
-        for seq in self.running:
-            self._check_running(seq)
-        for seq in (*self.waiting, *self.parked):
-            if seq.state is not State.WAITING or seq.pages or seq.row >= 0:
-                raise AssertionError(f"a waiting sequence of {seq.request.request_id} holds pages or a row")
-        live = {seq for sequences in self.live.values() for seq in sequences}
-        for seq in (*self.running, *self.waiting, *self.parked):
-            if seq not in live:
-                raise AssertionError(f"{seq.request.request_id} is not live but still scheduled")
-
-    def _check_running(self, seq: Sequence) -> None:
-        table: Seq[int] = self.table.pages[seq.row, : len(seq.pages)].tolist()
-        if seq.state is not State.RUNNING or table != seq.pages:
-            raise AssertionError(f"{seq.request.request_id}: page table {table} is not {seq.pages}")
-        if not 0 <= seq.num_computed < len(seq.tokens):
-            raise AssertionError(
-                f"{seq.request.request_id}: {seq.num_computed} of {len(seq.tokens)} computed"
-            )
-        if seq.num_stored > len(seq.pages) * PAGE_SIZE:
-            raise AssertionError(f"{seq.request.request_id}: KV is stored past the last page")
 
 
 def _token_logprobs(token: int, logprob: float, top: TopLogprobs) -> TokenLogprobs:

@@ -26,7 +26,8 @@ class Sequence:
     tokens[:num_stored] lies in `pages` (num_stored exceeds num_computed only on a full prefix hit, where the
     last row runs again for its logits). `row` is the sequence's row in the batch builder's table, -1 when it
     does not run. The pages are owned through the prefix cache's reference counts. Prompt rows from `num_pooled`
-    on still go into the embedding, whose sum so far is `row_sum`.
+    on still go into the embedding, whose sum so far is `row_sum`. `num_drafted` counts the nodes of trees that were
+    verified for it, `num_accepted` those that became tokens.
     """
 
     __slots__ = (
@@ -39,8 +40,10 @@ class Sequence:
         "max_length",
         "min_length",
         "needs_edits",
+        "num_accepted",
         "num_cached",
         "num_computed",
+        "num_drafted",
         "num_pooled",
         "num_prompt",
         "num_registered",
@@ -93,6 +96,8 @@ class Sequence:
         self.num_pooled = first_pooled(request.pooling, self.num_prompt)
         self.row_sum: Float64 | None = None
         self.num_cached = -1
+        self.num_drafted = 0
+        self.num_accepted = 0
         self.siblings: list[Sequence] = []
         self.bad_word_ids = request.bad_word_ids
         self.needs_edits = bool(
@@ -132,6 +137,10 @@ class Sequence:
     def num_pages_missing(self, length: int) -> int:
         """Pages to allocate before the KV of tokens[:length] has room."""
         return (length + PAGE_SIZE - 1) // PAGE_SIZE - len(self.pages)
+
+    def slot(self, place: int) -> int:
+        """Where K and V of the token at index `place` lie."""
+        return self.pages[place // PAGE_SIZE] * PAGE_SIZE + place % PAGE_SIZE
 
     def append(self, token: int) -> None:
         """Commit one output token."""

@@ -52,13 +52,12 @@ class TokenTree:
         """(parent, token) → node."""
         return {pair: node for node, pair in enumerate(zip(self.parents, self.tokens, strict=True))}
 
-    def path(self, node: int) -> list[int]:
-        """Tokens from below the root down to `node`; empty for the root."""
-        tokens: list[int] = []
-        while node >= 0:
-            tokens.append(self.tokens[node])
-            node = self.parents[node]
-        return tokens[::-1]
+    def paths(self) -> list[list[int]]:
+        """Of each node: the tokens from below the root down to it."""
+        paths: list[list[int]] = []
+        for parent, token in zip(self.parents, self.tokens, strict=True):
+            paths.append([token] if parent < 0 else [*paths[parent], token])
+        return paths
 
     def keep(self, nodes: Sequence[int]) -> TokenTree:
         """The tree of `nodes` alone, in their order: parents before children, every parent among them."""

@@ -25,5 +25,8 @@ class NullExecutor:
             hidden=np.zeros((len(ticket.batch.hidden_rows), 1), np.float32),
         )
 
+    def move_slots(self, moves: np.ndarray) -> None:
+        """There is no K and V."""
+
     def close(self) -> None:
         """Nothing to release."""

@@ -83,6 +83,9 @@ class SimulatedExecutor:
         }
         return StepResult(tokens, logprobs, top, seconds, _hidden(batch))
 
+    def move_slots(self, moves: np.ndarray) -> None:
+        """There is no K and V."""
+
     def close(self) -> None:
         """Nothing to release."""
 

@@ -194,7 +194,7 @@ class StepLoop:
             return
         self._checked = now
         try:
-            self.engine.scheduler.check()
+            self.engine.check()
         except AssertionError as problem:
             # A wrong book is worth a report, not the requests of everybody.
             self.num_problems += 1
