@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenloom.engine.frames import PageClass
+from tokenloom.engine.policies.fetch_slice import FetchSlice
 from tokenloom.errors import InvalidParameter
 
 _FETCH_COST = 1 << 20
@@ -87,16 +88,21 @@ class AdapterStats:
 class AdapterPool:
     """Residency of adapters in pages of class `pages`, each `page_bytes` long.
 
-    At most `slice_bytes` are copied before a step while others run. "" is the base model, which is always there.
+    At most `fetch_slice` is copied before a step while others run. "" is the base model, which is always there.
     """
 
     def __init__(
-        self, pages: PageClass, source: AdapterSource, *, page_bytes: int, slice_bytes: int = 1 << 20
+        self,
+        pages: PageClass,
+        source: AdapterSource,
+        *,
+        page_bytes: int,
+        fetch_slice: FetchSlice | None = None,
     ) -> None:
         self.pages = pages
         self.source = source
         self.page_bytes = page_bytes
-        self.slice_pages = max(slice_bytes // page_bytes, 1)
+        self.fetch_slice = fetch_slice or FetchSlice()
         self.stats = AdapterStats()
         self.resident: dict[str, Residency] = {}
         self.pinned: set[str] = set()
@@ -110,6 +116,11 @@ class AdapterPool:
         self._hot: dict[int, int] = {}
         """Frame → how many adapters in it are not cold."""
         self._inflation = 0.0
+
+    @property
+    def slice_pages(self) -> int:
+        """Pages of the next slice, at least one."""
+        return max(self.fetch_slice.num_bytes // self.page_bytes, 1)
 
     # --- who may run -------------------------------------------------------------------------------------
 

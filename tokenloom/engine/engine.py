@@ -225,8 +225,8 @@ class Engine:
 
     def _step(self) -> list[SequenceDelta]:
         started = perf_counter()
-        self.scheduler.fetch_adapters(self.clock.now())
-        plan = self.scheduler.plan(self.clock.now())
+        now = self._fetch_adapters()
+        plan = self.scheduler.plan(now)
         if not plan.runs:
             return []
         planned = perf_counter()
@@ -238,6 +238,7 @@ class Engine:
         built = perf_counter()
         result = self.executor.collect(self.executor.submit(batch))
         executed = perf_counter()
+        self.adapters.fetch_slice.stepped(result.seconds)
         deltas = self.scheduler.commit(plan, result, self.clock.now())
         if self.scheduler.moves:
             self.executor.move_slots(np.array(self.scheduler.moves, np.int64))
@@ -255,6 +256,15 @@ class Engine:
             }
             self.on_step(self._record(plan, deltas, seconds, int((batch.work != Work.PREFILL).sum())))
         return deltas
+
+    def _fetch_adapters(self) -> float:
+        """Copy a slice of the adapters that are waited for; the time after that."""
+        began = self.clock.now()
+        copied = self.adapters.stats.bytes_copied
+        self.scheduler.fetch_adapters(began)
+        now = self.clock.now()
+        self.adapters.fetch_slice.copied(self.adapters.stats.bytes_copied - copied, now - began)
+        return now
 
     def _record(
         self, plan: Plan, deltas: list[SequenceDelta], seconds: dict[str, float], num_decodes: int

@@ -435,20 +435,6 @@ class Scheduler:
         self.cache.release(seq.truncate(seq.num_computed))
         self.accepted[seq] = nodes
 
-    def reserve_scratch(self, seq: Sequence, num_nodes: int) -> int:
-        """Have slots behind the last token of a decoding sequence for nodes of a tree: for how many, at most
-        `num_nodes`. Nobody is preempted for them, and a page for everybody who runs stays available."""
-        table = self.table.pages
-        length = len(seq.tokens)
-        num_nodes = min(num_nodes, table.shape[1] * PAGE_SIZE - length)
-        while seq.num_pages_missing(length + num_nodes) > 0:
-            page = self.cache.allocate() if self.cache.num_available > len(self.running) else None
-            if page is None:
-                break
-            table[seq.row, len(seq.pages)] = page
-            seq.pages.append(page)
-        return max(min(num_nodes, len(seq.pages) * PAGE_SIZE - length), 0)
-
     def _finish_unsampled(self, seq: Sequence, now: float, deltas: list[SequenceDelta]) -> None:
         """End a request of `max_tokens` 0 once its prompt is computed. For an embedding that is all there is."""
         siblings, seq.siblings = seq.siblings, []

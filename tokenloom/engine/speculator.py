@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+from tokenloom.engine.batch import PAGE_SIZE
 from tokenloom.engine.plan import Plan
 from tokenloom.engine.proposer import Proposal, Proposer, Wanted
 from tokenloom.engine.scheduler import Scheduler
@@ -56,7 +57,7 @@ class Speculator:
         for i, want in enumerate(wanted):
             trees = [self._tree(number, suggested[i], want) for number, suggested in enumerate(proposals)]
             tree = self._choose(merge(trees), min(want.max_nodes, budget))
-            room = scheduler.reserve_scratch(want.seq, len(tree)) if len(tree) else 0
+            room = _reserve(scheduler, want.seq, len(tree))
             if room < len(tree):
                 tree = self._choose(tree, room)
             if len(tree):
@@ -131,3 +132,18 @@ class Speculator:
         """Release what the proposers hold."""
         for proposer in self.proposers:
             proposer.close()
+
+
+def _reserve(scheduler: Scheduler, seq: Sequence, num_nodes: int) -> int:
+    """Have slots behind the last token of `seq` for nodes of a tree: for how many, at most `num_nodes`. Nobody is
+    preempted for them, and a page for everybody who runs stays available."""
+    cache, table = scheduler.cache, scheduler.table.pages
+    length = len(seq.tokens)
+    num_nodes = min(num_nodes, table.shape[1] * PAGE_SIZE - length)
+    while num_nodes > 0 and seq.num_pages_missing(length + num_nodes) > 0:
+        page = cache.allocate() if cache.num_available > len(scheduler.running) else None
+        if page is None:
+            break
+        table[seq.row, len(seq.pages)] = page
+        seq.pages.append(page)
+    return max(min(num_nodes, len(seq.pages) * PAGE_SIZE - length), 0)
