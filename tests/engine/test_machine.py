@@ -40,14 +40,9 @@ def shadow_engine(num_pages: int, **options: Any) -> Engine:
         **options,
     )
     slots = (num_pages + 4) * PAGE_SIZE
-    return Engine(
-        ShadowExecutor(clock, slots, VOCAB),
-        limits,
-        budget=budget,
-        order=order,
-        clock=clock,
-        speculator=speculator,
-    )
+    engine = Engine(ShadowExecutor(clock, slots, VOCAB), limits, budget=budget, order=order, clock=clock)
+    engine.speculate(speculator or Speculator())
+    return engine
 
 
 Output = tuple[list[int], Any, bytes | None]

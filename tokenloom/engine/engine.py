@@ -67,7 +67,6 @@ class Engine:
         clock: Clock | None = None,
         stop_checkers: StopCheckerFactory = no_stop_strings,
         adapters: AdapterSource | None = None,
-        speculator: Speculator | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
         self.executor = executor
@@ -78,29 +77,33 @@ class Engine:
         budget = budget or ChunkedPrefill()
         self.max_context = min(limits.max_context, limits.num_pages * PAGE_SIZE)
         self.max_running = min(limits.max_running, budget.max_running)
-        pool = FramePool(-(-limits.num_pages // limits.pages_per_frame))
-        pages = PageClass("target_kv", pool, limits.pages_per_frame, limits.num_pages)
+        self.frames = FramePool(-(-limits.num_pages // limits.pages_per_frame))
+        pages = PageClass("target_kv", self.frames, limits.pages_per_frame, limits.num_pages)
         table = SequenceTable(self.max_running, -(-self.max_context // PAGE_SIZE))
         most = limits.max_adapter_bytes // limits.adapter_page_bytes if limits.max_adapter_bytes else None
         self.adapters = AdapterPool(
-            PageClass("adapters", pool, limits.adapter_pages_per_frame, most),
+            PageClass("adapters", self.frames, limits.adapter_pages_per_frame, most),
             adapters or NoAdapters(),
             page_bytes=limits.adapter_page_bytes,
         )
         self.scheduler = Scheduler(
-            PrefixCache(pages, limits.prefix_cache, self.adapters),
+            PrefixCache(pages, limits.prefix_cache, [self.adapters]),
             self.adapters,
             table,
             budget,
             order or QueueOrder(),
             limits.admission,
         )
-        self.speculator = speculator or Speculator()
-        self.scheduler.on_stop = self.speculator.forget
+        self.speculate(Speculator())
         self._eos = frozenset(limits.eos_token_ids)
         self._num_steps = 0
         self._fetched_seen = self._evicted_seen = 0
         self._queries_seen = self._hits_seen = self._preemptions_seen = 0
+
+    def speculate(self, speculator: Speculator) -> None:
+        """Have `speculator` give decoding sequences their trees from now on."""
+        self.speculator = speculator
+        self.scheduler.on_stop = speculator.forget
 
     @property
     def has_work(self) -> bool:

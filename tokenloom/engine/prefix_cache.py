@@ -48,14 +48,14 @@ class PrefixCache:
     """Owns the reference counts of one page class and the map from digests to resident pages.
 
     `enabled` False keeps the reference counts but never finds or keeps a page after its last user. Frames of
-    `lender` are asked for before an idle page is evicted: what it holds is copied again, where a page must be
-    computed again.
+    `lenders`, in their order, are asked for before an idle page is evicted: what these hold is cheaper to have
+    again.
     """
 
-    def __init__(self, pages: PageClass, enabled: bool = True, lender: FrameLender | None = None) -> None:
+    def __init__(self, pages: PageClass, enabled: bool = True, lenders: Iterable[FrameLender] = ()) -> None:
         self.pages = pages
         self.enabled = enabled
-        self._lender = lender
+        self.lenders = list(lenders)
         self._busy: dict[int, int] = {}
         """Frame → its pages with references."""
         self.references: dict[int, int] = {}
@@ -68,8 +68,8 @@ class PrefixCache:
     def num_available(self) -> int:
         """Pages that `allocate` can give: free ones, those of frames that are lent, and idle ones."""
         free = self.pages.num_free
-        if self._lender is not None:
-            lent = self._lender.num_cold_frames * self.pages.pages_per_frame
+        if self.lenders:
+            lent = sum(lender.num_cold_frames for lender in self.lenders) * self.pages.pages_per_frame
             free = min(free + lent, self.pages.max_pages - self.pages.num_used)
         return free + len(self._idle)
 
@@ -79,7 +79,7 @@ class PrefixCache:
 
     def allocate(self) -> int | None:
         """A page with one reference and no content, evicting the least recently used idle page if needed."""
-        if not self.pages.num_free and not (self._lender is not None and self._lender.evict_for_frame()):
+        if not self.pages.num_free and not any(lender.evict_for_frame() for lender in self.lenders):
             if not self._idle:
                 return None
             self._evict(next(iter(self._idle)))
