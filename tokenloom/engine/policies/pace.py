@@ -1,0 +1,221 @@
+"""Pace per request: how many tokens each should make in a step, and how much speculation that is worth.
+
+After Li et al., "AdaServe: Accelerating Multi-SLO LLM Serving with SLO-Customized Speculative Decoding" (EuroSys
+2026). The paper profiles one budget of verified rows; here it is chosen in every step from the fitted
+`LatencyCurve`, so that speculation shrinks under load and is off where it does not pay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenloom.engine.policies.acceptance import AcceptanceTable
+from tokenloom.engine.policies.latency_curve import LatencyCurve
+from tokenloom.engine.policies.tree_selection import RankedTrees
+
+LEVEL_PRIOR: Final = 0.6
+"""How often a level of a draft is taken, before anything was observed."""
+
+
+@dataclass(slots=True)
+class Pace:
+    """How far a request is against its SLO of `tpot` seconds per token (inf: none, best effort).
+
+    The clock starts with the first step that decodes it; prompt and queue do not count. `produced` are the tokens
+    since then.
+    """
+
+    tpot: float = inf
+    started: float = inf
+    produced: int = 0
+
+    def begin(self, now: float) -> None:
+        """The first decode step begins; later calls change nothing."""
+        if self.started == inf:
+            self.started = now
+
+    def need(self, now: float, step_seconds: float) -> float:
+        """A(r): tokens that a step of `step_seconds` should make to be on the line at its end; 0 or less: none."""
+        if self.tpot == inf:
+            return 0.0
+        return (max(0.0, now - self.started) + step_seconds) / self.tpot - self.produced
+
+    def forgive(self, now: float, most: float) -> None:
+        """After a preemption: forget a lag of more than `most` tokens.
+
+        The client has seen the pause already; chasing it for the rest of the answer would take the rows of all
+        others.
+        """
+        lag = self.need(now, 0.0)
+        if lag > most:
+            self.started += (lag - most) * self.tpot
+
+
+class Needs(NamedTuple):
+    """The needs of a step as a function of its seconds t: `base` + t * `rate`, at most `most`; float64 [requests]."""
+
+    base: NDArray[np.float64]
+    rate: NDArray[np.float64]
+    most: float
+
+    def at(self, seconds: NDArray[np.float64] | float) -> NDArray[np.float64]:
+        """[requests] for a number; [steps, requests] for [steps] seconds."""
+        found = self.base + np.multiply.outer(seconds, self.rate)
+        return np.minimum(found, self.most)
+
+
+def needs_of(paces: Sequence[Pace], now: float, depth: int) -> Needs:
+    """The needs of requests with trees of at most `depth` levels, which make `depth` + 1 tokens at most."""
+    rate = np.array([1 / pace.tpot for pace in paces])
+    lag = np.array([pace.need(now, 0.0) for pace in paces])
+    return Needs(lag, rate, depth + 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeRule:
+    """Depth and width of drafted trees by load (section 5.3 of the paper).
+
+    `verify_rows` and `draft_rows` are the rows that a step of the target and of the draft have to spend; `c1` and
+    `c2` were found by grid search.
+    """
+
+    verify_rows: int = 128
+    draft_rows: int = 96
+    c1: int = 1
+    c2: int = 1
+    min_depth: int = 1
+    max_depth: int = 8
+    max_width: int = 3
+
+    def shape(self, requests: int) -> tuple[int, int]:
+        """(depth, width) for `requests` at least 1; neither rises with more of them."""
+        depth = self.verify_rows // (requests + self.c1) - 1
+        width = self.draft_rows // requests + self.c2
+        return (
+            min(max(depth, self.min_depth), self.max_depth),
+            min(max(width, 1), self.max_width),
+        )
+
+
+class Budget(NamedTuple):
+    """Rows to verify, roots included, and the expected seconds of the step with its drafting."""
+
+    rows: int
+    seconds: float
+
+
+def choose_budget(
+    ranked: RankedTrees,
+    curve: LatencyCurve,
+    keys: int,
+    limit: int,
+    *,
+    other_rows: int = 0,
+    overhead: float = 0.0,
+    needs: Needs | None = None,
+) -> Budget:
+    """How many rows of this step's trees are worth verifying: from the roots alone up to `limit`.
+
+    The trees are there already, so what they cost counts as `overhead` seconds, whatever is chosen. Beside them the
+    step has `other_rows` (prompt chunks) and attends to `keys` keys. Without needs the choice is the most expected
+    tokens a second. With them, first the most requests on their pace at the end of the step, whose seconds depend
+    on the choice as well. A curve that knows nothing yet is asked for no more than twice the roots.
+    """
+    roots = len(ranked)
+    gains = -np.sort(-ranked.reaches, axis=None)[: int(ranked.sizes.sum())]
+    trusted = max(curve.trusted_rows - other_rows, 2 * roots) if curve.known else 2 * roots
+    most = max(0, min(limit - roots, len(gains), trusted - roots))
+    rows = roots + _grid(most)
+    seconds = overhead + curve.seconds_of(rows + other_rows, keys)
+    if not curve.known:
+        return Budget(int(rows[-1]), float(seconds[-1]))
+    tokens = roots + np.append(0.0, np.cumsum(gains))[rows - roots]
+    rates = tokens / np.maximum(seconds, 1e-9)
+    if needs is not None and needs.rate.any():
+        wanted = ranked.counts_for(needs.at(seconds))
+        unmet = 1 + _reached(ranked, wanted) < needs.at(seconds) - 1e-9
+        cost = np.sort(np.where(unmet, 1 << 30, wanted), axis=1).cumsum(1)
+        met = (cost <= (rows - roots)[:, None]).sum(1)
+        rates = np.where(met == met.max(), rates, -1.0)
+    best = int(rates.argmax())
+    return Budget(int(rows[best]), float(seconds[best]))
+
+
+def _reached(ranked: RankedTrees, counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Expected nodes taken of the best `counts` of each tree: [steps, trees] → [steps, trees]."""
+    sums = np.vstack([np.zeros(len(ranked)), np.cumsum(ranked.reaches, 0)])
+    found: NDArray[np.float64] = sums[counts, np.arange(len(ranked))]
+    return found
+
+
+def _grid(most: int) -> NDArray[np.int64]:
+    """Numbers of nodes that are tried: 0, then all up to 4, then four between powers of two, and `most`."""
+    if most <= 4:
+        return np.arange(most + 1)
+    steps = [(4 + quarter) << power for power in range(most.bit_length()) for quarter in range(4)]
+    return np.array([0, 1, 2, 3, *(step for step in steps if step < most), most])
+
+
+def expected_gains(levels: AcceptanceTable, proposer: int, adapter: str, depth: int) -> list[float]:
+    """Expected tokens that each level of a draft adds, from the first to `depth`; falls from one to the next.
+
+    `levels` is a table of its own, with levels for ranks: `levels.observe(proposer, adapter, level - 1,
+    LEVEL_PRIOR, taken)` for each level that was drafted below a taken path.
+    """
+    gains: list[float] = []
+    reach = 1.0
+    for level in range(depth):
+        reach *= levels.chance(proposer, adapter, level, LEVEL_PRIOR)
+        gains.append(reach)
+    return gains
+
+
+class DraftGate:
+    """How deep it pays to draft, decided before drafting; 0 where it does not pay.
+
+    A draft that is off learns nothing, so it is tried again from time to time: as often as keeps the cost of trying
+    within `probe_share` of the time.
+    """
+
+    def __init__(self, probe_share: float = 0.005) -> None:
+        self._probe_share = probe_share
+        self._off_seconds = 0.0
+
+    def depth(
+        self,
+        gains: Sequence[float],
+        curve: LatencyCurve,
+        keys: int,
+        *,
+        requests: int,
+        other_rows: int,
+        level_seconds: float,
+    ) -> int:
+        """Levels to draft for `requests` sequences in this step, at most len(gains).
+
+        `gains` are `expected_gains` (the mean over the requests); each level costs `level_seconds` of drafting and
+        a row of the target per request. The depth with the most expected tokens a second is taken; a curve that
+        knows nothing yet asks for one level, which teaches it.
+        """
+        if not gains or requests < 1:
+            return 0
+        if not curve.known:
+            return 1
+        levels = np.arange(len(gains) + 1)
+        seconds = curve.seconds_of(requests * (1 + levels) + other_rows, keys) + level_seconds * levels
+        tokens = 1 + np.append(0.0, np.cumsum(gains))
+        best = int((tokens / np.maximum(seconds, 1e-9)).argmax())
+        if best:
+            self._off_seconds = 0.0
+            return best
+        self._off_seconds += float(seconds[0])
+        if self._off_seconds * self._probe_share < seconds[1] - seconds[0]:
+            return 0
+        self._off_seconds = 0.0
+        return 1
