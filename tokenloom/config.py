@@ -132,6 +132,48 @@ class AdapterOptions:
     )
 
 
+PROPOSERS = ("draft", "ngram")
+"""What can suggest tokens; see docs/speculation.md."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculationOptions:
+    """Tokens that are guessed and verified in one step. Outputs stay the same, bit for bit."""
+
+    speculate: tuple[str, ...] = knob(
+        (),
+        "What suggests tokens: draft (a small model), ngram (what followed the same words before); commas between.",
+        check=lambda names: all(name in PROPOSERS for name in names) and len(set(names)) == len(names),
+        limit="each at most once of " + ", ".join(PROPOSERS),
+    )
+    draft_model: str = knob(
+        "",
+        "Directory of the draft model, with the tokenizer of the model; empty for the embedded model's own draft.",
+    )
+    max_draft_depth: int = knob(
+        8, "Tokens in a row that are guessed at most.", check=lambda v: 1 <= v <= 32, limit="1 to 32"
+    )
+    max_draft_tokens: int = knob(
+        16,
+        "Tokens that are verified for one sequence in a step.",
+        check=lambda v: 1 <= v <= 64,
+        limit="1 to 64",
+    )
+    max_verify_rows: int = knob(
+        64, "Guessed tokens that are verified in one step at most, of all sequences.", **_at_least(1)
+    )
+    draft_width: int = knob(
+        3,
+        "Alternatives for one token that a draft model suggests.",
+        check=lambda v: 1 <= v <= 8,
+        limit="1 to 8",
+    )
+    ngram_min_match: int = knob(
+        2, "Tokens that must have occurred before, for what followed them to be guessed.", **_at_least(1)
+    )
+    ngram_corpus: str = knob("", "Text file in which ngram looks too (UTF-8, documents between blank lines).")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions:
     """The HTTP face."""
@@ -173,6 +215,7 @@ class Config:
     cache: CacheOptions = CacheOptions()
     scheduler: SchedulerOptions = SchedulerOptions()
     adapters: AdapterOptions = AdapterOptions()
+    speculation: SpeculationOptions = SpeculationOptions()
     server: ServerOptions = ServerOptions()
     runtime: RuntimeOptions = RuntimeOptions()
 
@@ -182,6 +225,7 @@ SECTIONS: dict[str, type[Any]] = {
     "cache": CacheOptions,
     "scheduler": SchedulerOptions,
     "adapters": AdapterOptions,
+    "speculation": SpeculationOptions,
     "server": ServerOptions,
     "runtime": RuntimeOptions,
 }

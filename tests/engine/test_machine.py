@@ -133,7 +133,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             order=QueueOrder(policy, age_bound=1.0),
             speculator=None
             if trees is None
-            else Speculator([RandomTrees(trees)], SpeculationLimits(max_nodes=20)),
+            else Speculator(
+                [RandomTrees(trees)],
+                SpeculationLimits(max_nodes=20, pace="fixed" if trees % 2 else "adaptive"),
+            ),
         )
         self.specs: dict[str, dict[str, Any]] = {}
         self.outputs: dict[str, dict[int, list[Output]]] = {}

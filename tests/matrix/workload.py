@@ -17,8 +17,11 @@ from tokenloom.engine.engine import Engine, EngineLimits
 from tokenloom.engine.policies.admission import AdmissionPolicy
 from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
 from tokenloom.engine.policies.queue_order import QueueOrder
+from tokenloom.engine.proposer import Proposal, Wanted
 from tokenloom.engine.request import Request, TokenLogprobs
 from tokenloom.engine.sampling_params import SamplingParams
+from tokenloom.engine.sequence import Sequence
+from tokenloom.engine.speculator import SpeculationLimits, Speculator
 from tokenloom.kernels.adapter_image import image_dtype, make_image
 from tokenloom.models.config import ModelConfig, RopeConfig
 from tokenloom.models.llama import build
@@ -69,6 +72,52 @@ class Setup:
     numerics: Numerics = field(default_factory=Numerics)
     during: Callable[[Engine, int], None] | None = None
     admission: AdmissionPolicy = "optimistic"
+    texts: Mapping[tuple[str, int], list[int]] | None = None
+    """What each sample will say, where speculation is on: trees hold some of it."""
+
+
+class SomeTrees:
+    """Trees of any shape: of `texts`, of those that go on elsewhere, and of tokens at random."""
+
+    name = "some"
+
+    def __init__(self, texts: Mapping[tuple[str, int], list[int]], seed: int) -> None:
+        self._texts = texts
+        self._rng = random.Random(seed)
+
+    def propose(self, wanted: Any) -> list[Proposal]:
+        return [self._tree(want) for want in wanted]
+
+    def _tree(self, want: Wanted) -> Proposal:
+        rng = self._rng
+        seq = want.seq
+        ahead = self._texts.get((seq.request.request_id, seq.index), [])[seq.num_output :]
+        tree = Proposal()
+        right: dict[int, int] = {-1: 0}
+        taken: dict[int, set[int]] = {-1: set()}
+        for node in range(rng.randrange(want.max_nodes + 1)):
+            # Deep ones are chosen most of the time, so that paths of some length come about.
+            parent = max(rng.choice(list(taken)) for _ in range(3))
+            depth = right.get(parent, len(ahead))
+            hit = depth < len(ahead) and rng.random() < 0.6 and ahead[depth] not in taken[parent]
+            token = ahead[depth] if hit else rng.randrange(CONFIG.vocab_size)
+            if token in taken[parent]:
+                break
+            if depth < len(ahead) and token == ahead[depth]:
+                right[node] = depth + 1
+            taken[parent].add(token)
+            taken[node] = set()
+            tree.tokens.append(token)
+            tree.parents.append(parent)
+            tree.ranks.append(len(taken[parent]) - 1)
+            tree.confidences.append(rng.random())
+        return tree
+
+    def forget(self, seq: Sequence) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class LetterStops:
@@ -168,7 +217,7 @@ def make_engine(setup: Setup) -> Engine:
     for name in ADAPTERS:
         host.add(name, _images(host.format.dtype) / name)
     budget = ChunkedPrefill(setup.max_batch_tokens, setup.max_chunk_tokens)
-    return Engine(
+    engine = Engine(
         executor,
         limits,
         budget=budget,
@@ -176,6 +225,10 @@ def make_engine(setup: Setup) -> Engine:
         stop_checkers=lambda prompt, params: LetterStops(params),
         adapters=host,
     )
+    if setup.texts is not None:
+        proposers = [SomeTrees(setup.texts, seed) for seed in range(2)]
+        engine.speculate(Speculator(proposers, SpeculationLimits(max_nodes=24, max_rows=200, pace="fixed")))
+    return engine
 
 
 def serve(setup: Setup, requests: list[Request]) -> Outputs:

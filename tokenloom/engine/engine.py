@@ -245,7 +245,7 @@ class Engine:
         deltas = self.scheduler.commit(plan, result, self.clock.now())
         if self.scheduler.moves:
             self.executor.move_slots(np.array(self.scheduler.moves, np.int64))
-        self.speculator.observe(plan, self.scheduler.accepted)
+        self.speculator.observe(plan, self.scheduler.accepted, result.seconds)
         if self.limits.debug:
             self.check()
         self._num_steps += 1

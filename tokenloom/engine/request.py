@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal, NamedTuple, Protocol
 
 from tokenloom.engine.sampling_params import SamplingParams
@@ -13,6 +14,17 @@ Pooling = Literal["mean", "last"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
+class Slo(NamedTuple):
+    """What a request is promised, in seconds (inf: nothing): `tpot` per output token after the first, on average,
+    and `ttft` to the first one."""
+
+    tpot: float = inf
+    ttft: float = inf
+
+
+NO_SLO = Slo()
+
+
 @dataclass(slots=True, kw_only=True)
 class Request:
     """One request after validation and tokenisation.
@@ -20,7 +32,8 @@ class Request:
     `priority`: lower is more urgent (as in vLLM). `tenant` salts the prefix cache: requests of different tenants
     never share pages. `adapter` is the content hash of the adapter ("" for the base). `bad_word_ids` are the
     token sequences that `params.bad_words` stand for. With `pooling` the request asks for the embedding of its
-    prompt: `params` have `max_tokens` 0. `arrival` is in the engine clock's seconds (-1: set when the engine
+    prompt: `params` have `max_tokens` 0.
+    `slo` decides its pace, never its output. `arrival` is in the engine clock's seconds (-1: set when the engine
     takes it).
     """
 
@@ -34,6 +47,7 @@ class Request:
     program_id: str = ""
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
     pooling: Pooling | None = None
+    slo: Slo = NO_SLO
     arrival: float = -1.0
 
 
