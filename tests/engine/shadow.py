@@ -66,5 +66,9 @@ class ShadowExecutor:
         hidden = np.stack([prints % 9973, prints % 9967], axis=1)[batch.hidden_rows].astype(np.float32)
         return StepResult(np.array(tokens, np.int32), logprobs, top, hidden=hidden)
 
+    def move_slots(self, moves: np.ndarray) -> None:
+        for source, target in moves.tolist():
+            self.kv[target] = self.kv[source]
+
     def close(self) -> None:
         """Nothing to release."""

@@ -83,6 +83,9 @@ class SimulatedExecutor:
         }
         return StepResult(tokens, logprobs, top, seconds, _hidden(batch))
 
+    def move_slots(self, moves: np.ndarray) -> None:
+        """Nothing: there is no KV."""
+
     def close(self) -> None:
         """Nothing to release."""
 
