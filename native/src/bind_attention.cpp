@@ -180,6 +180,14 @@ void copy(const OwnedKVPool& owner, Array<int32_t, 2> copies) {
     copy_pages(owner.pool(), copies.data(), static_cast<int64_t>(copies.shape(0)));
 }
 
+void move(const OwnedKVPool& owner, Array<int64_t, 2> moves) {
+    expect(moves.shape(1) == 2, "moves", "is no [count, 2]");
+    const int64_t count = static_cast<int64_t>(moves.shape(0));
+    check_moves(owner.pool(), moves.data(), count);
+    const KVLayout& layout = owner.pool().layout;
+    move_slots(owner.pool(), moves.data(), count, 0, int64_t{layout.num_layers} * layout.num_kv_heads);
+}
+
 }  // namespace
 
 void bind_attention(nb::module_& m) {
@@ -190,7 +198,8 @@ void bind_attention(nb::module_& m) {
         .def_prop_ro("num_pages", [](const OwnedKVPool& owner) { return owner.pool().num_pages(); })
         .def_prop_ro("page_bytes", [](const OwnedKVPool& owner) { return owner.pool().layout.page_bytes(); })
         .def("read", &read, nb::arg("layer"), nb::arg("slot"))
-        .def("copy_pages", &copy, nb::arg("copies"));
+        .def("copy_pages", &copy, nb::arg("copies"))
+        .def("move_slots", &move, nb::arg("moves").noconvert());
     m.def("kv_store", &kv_store, nb::arg("pool"), nb::arg("layer"), nb::arg("source"), nb::arg("out"),
           nb::arg("positions"), nb::arg("slots"), nb::arg("cos"), nb::arg("sin"), nb::arg("q_norm").none() = nb::none(),
           nb::arg("k_norm").none() = nb::none(), nb::arg("epsilon") = 0.0f, nb::arg("isa") = "");

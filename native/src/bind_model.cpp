@@ -377,6 +377,13 @@ void bind_model(nb::module_& m) {
         .def("finish", &Model::finish)
         .def("step", &step, nb::arg("batch"), nb::arg("entries"), nb::arg("edits"), nb::arg("results"),
              exactly("hidden_rows"), exactly("hidden"))
+        .def("move_slots",
+             [](Model& self, const Array<int64_t>& moves) {
+                 if (moves.ndim() != 2 || moves.shape(1) != 2) refuse("moves must be [C, 2]");
+                 nb::gil_scoped_release release;
+                 self.move_slots(moves.data(), static_cast<int64_t>(moves.shape(0)));
+             },
+             exactly("moves"))
         .def("logits",
              [](Model& self, Array<int32_t> rows, Out<float> out) {
                  if (rows.ndim() != 1 || out.ndim() != 2 || out.shape(0) != rows.shape(0) ||

@@ -53,4 +53,58 @@ void copy_pages(const KVPool& pool, const int32_t* copies, int64_t count) {
     for (int64_t i = 0; i < count; ++i) std::memcpy(pool.page(copies[2 * i + 1]), &held[bytes * i], bytes);
 }
 
+void check_moves(const KVPool& pool, const int64_t* moves, int64_t count) {
+    const int64_t num_slots = pool.num_pages() * kPageSize;
+    for (int64_t i = 0; i < 2 * count; ++i)
+        if (moves[i] < 0 || moves[i] >= num_slots)
+            throw std::invalid_argument("moves names slot " + std::to_string(moves[i]) + ", outside [0, " +
+                                        std::to_string(num_slots) + ")");
+}
+
+namespace {
+
+template <class T>
+void copy_strided(uint8_t* to, const uint8_t* from, int64_t count, int64_t stride) {
+    for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * stride, from + i * stride, sizeof(T));
+}
+
+// K, V and scales of one head, from key `i` of its blocks at `from` to key `j` of those at `to`.
+void copy_key(const KVLayout& layout, uint8_t* to, int64_t j, const uint8_t* from, int64_t i) {
+    const int64_t dim = layout.head_dim, row = layout.dim16;
+    uint8_t* to_values = to + layout.k_bytes;
+    const uint8_t* values = from + layout.k_bytes;
+    switch (layout.format) {
+        case KVFormat::f32:
+            copy_strided<float>(to + j * 4, from + i * 4, dim, 64);
+            std::memcpy(to_values + j * row * 4, values + i * row * 4, static_cast<size_t>(dim) * 4);
+            break;
+        case KVFormat::bf16:
+            copy_strided<uint32_t>(to + j * 4, from + i * 4, dim / 2, 64);
+            copy_strided<uint16_t>(to_values + j / 2 * row * 4 + j % 2 * 2, values + i / 2 * row * 4 + i % 2 * 2, dim, 4);
+            break;
+        case KVFormat::i8:
+            copy_strided<uint16_t>(to + j * 2, from + i * 2, dim / 2, 32);
+            copy_strided<uint8_t>(to_values + j / 2 * row * 2 + j % 2, values + i / 2 * row * 2 + i % 2, dim, 2);
+            to_values += layout.v_bytes;
+            values += layout.v_bytes;
+            for (int64_t side = 0; side < 2; ++side)
+                std::memcpy(to_values + (side * kPageSize + j) * 4, values + (side * kPageSize + i) * 4, 4);
+            break;
+    }
+}
+
+}  // namespace
+
+void move_slots(const KVPool& pool, const int64_t* moves, int64_t count, int64_t begin, int64_t end) {
+    for (int64_t move = 0; move < count; ++move) {
+        const int64_t source = moves[2 * move], destination = moves[2 * move + 1];
+        if (source == destination) continue;
+        const uint8_t* from = pool.page(source / kPageSize);
+        uint8_t* to = pool.page(destination / kPageSize);
+        for (int64_t head = begin; head < end; ++head)
+            copy_key(pool.layout, to + head * pool.layout.head_bytes(), destination % kPageSize,
+                     from + head * pool.layout.head_bytes(), source % kPageSize);
+    }
+}
+
 }  // namespace tokenloom

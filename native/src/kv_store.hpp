@@ -57,4 +57,11 @@ void check_store(const KVPool& pool, const int32_t* positions, const int64_t* sl
 // std::invalid_argument for a page outside the pool, before anything is copied.
 void copy_pages(const KVPool& pool, const int32_t* copies, int64_t count);
 
+// Throws std::invalid_argument for a slot outside the pool.
+void check_moves(const KVPool& pool, const int64_t* moves, int64_t count);
+
+// Slots int64 [count, 2] (source, destination), copied one after the other: a source may be what an earlier move left
+// there. Of heads [begin, end), which count layers * num_kv_heads.
+void move_slots(const KVPool& pool, const int64_t* moves, int64_t count, int64_t begin, int64_t end);
+
 }  // namespace tokenloom

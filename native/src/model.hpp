@@ -153,6 +153,10 @@ class Model {
     // After this, `step` may be called. Throws if parts are missing.
     void finish();
 
+    // --- the KV pool between steps ---
+    // See kv_store.hpp. Throws std::invalid_argument for a slot outside the pool, before anything is copied.
+    void move_slots(const int64_t* moves, int64_t count);
+
     // --- adapters; not during a step ---
     // Pages of `page_bytes` bytes, a whole number of them to a frame of the pool.
     void write_pages(const int32_t* pages, int64_t count, int64_t page_bytes, const uint8_t* data);

@@ -228,6 +228,37 @@ def make_batch(
     return batch
 
 
+def tree_batch(
+    text: list[int], pages: list[int], nodes: list[tuple[int, int]], scratch: list[int], entries: list[Entry]
+) -> TokenBatch:
+    """A verify segment after `text[:-1]`: the root is the last token of the text, then (token, parent
+    node)."""
+    root = len(text) - 1
+    tokens = [text[-1]] + [token for token, _ in nodes]
+    parents = [-1] + [parent for _, parent in nodes]
+    depths = [0]
+    for _, parent in nodes:
+        depths.append(depths[parent] + 1)
+    logical = np.array([root + depth for depth in depths], np.int32)
+    slots = [pages[root // PAGE_SIZE] * PAGE_SIZE + root % PAGE_SIZE, *scratch[: len(nodes)]]
+    batch = TokenBatch(
+        token_ids=np.array(tokens, np.int32),
+        positions=logical,
+        logical=logical,
+        slots=np.array(slots, np.int64),
+        parents=np.array(parents, np.int32),
+        starts=np.array([0, len(tokens)], np.int32),
+        context_lens=np.array([root], np.int32),
+        page_tables=np.array([pages], np.int32),
+        adapter_slots=np.full(1, -1, np.int32),
+        work=np.array([Work.VERIFY], np.int8),
+        logit_rows=logit_rows(entries),
+        page_copies=np.zeros((0, 2), np.int32),
+    )
+    batch.check()
+    return batch
+
+
 def step(executor: LocalExecutor, batch: TokenBatch) -> StepResult:
     return executor.collect(executor.submit(batch))
 

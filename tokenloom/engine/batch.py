@@ -210,8 +210,8 @@ class Executor(Protocol):
         """Wait for the batch; returns one entry per logit row, and one row of `hidden` per hidden row."""
 
     def move_slots(self, moves: Int64) -> None:
-        """Copy K and V of slots, `moves` int64[M, 2] (source, destination), one after the other; done before any
-        later batch."""
+        """Between steps: copy K and V of whole slots, int64 [C, 2] (source, destination; page * PAGE_SIZE + offset),
+        one move after the other. Raises ValueError for a slot outside the pool, before anything is copied."""
 
     def close(self) -> None:
         """Release memory and threads."""

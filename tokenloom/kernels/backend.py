@@ -34,6 +34,10 @@ class Backend(Protocol):
     def logits(self, rows: NDArray[np.int32]) -> NDArray[np.float32]:
         """fp32 [n, vocabulary]: logits of at most 64 rows of the last batch that are among its logit rows."""
 
+    def move_slots(self, moves: NDArray[np.int64]) -> None:
+        """Copy K and V of whole slots, int64 [C, 2] (source, destination; page * 16 + offset), one move after the
+        other: a source may be what an earlier move left there. Raises ValueError before anything is copied."""
+
     def write_pages(self, pages: NDArray[np.int32], page_bytes: int, data: NDArray[np.uint8]) -> None:
         """Copy adapter pages [n, page_bytes] into the pool."""
 

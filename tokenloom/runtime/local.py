@@ -107,6 +107,11 @@ class LocalExecutor:
             raise ticket.payload
         raise ValueError("the ticket is not one of this executor's")
 
+    def move_slots(self, moves: NDArray[np.int64]) -> None:
+        """Copy slots, int64 [C, 2] (source, destination; page * 16 + offset), one move after the other. Raises
+        ValueError, before anything is copied."""
+        self.backend.move_slots(moves)
+
     def close(self) -> None:
         """Release weights and the KV pool. A later `submit` raises ValueError."""
         self.backend.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tokenloom.engine.batch import StepResult, Ticket, TokenBatch
 
@@ -25,8 +26,8 @@ class NullExecutor:
             hidden=np.zeros((len(ticket.batch.hidden_rows), 1), np.float32),
         )
 
-    def move_slots(self, moves: np.ndarray) -> None:
-        """There is no K and V."""
+    def move_slots(self, moves: NDArray[np.int64]) -> None:
+        """Nothing: there is no KV."""
 
     def close(self) -> None:
         """Nothing to release."""

@@ -84,7 +84,7 @@ class SimulatedExecutor:
         return StepResult(tokens, logprobs, top, seconds, _hidden(batch))
 
     def move_slots(self, moves: np.ndarray) -> None:
-        """There is no K and V."""
+        """Nothing: there is no KV."""
 
     def close(self) -> None:
         """Nothing to release."""

@@ -146,6 +146,12 @@ class NativeBackend:
         self._model.logits(np.ascontiguousarray(rows, np.int32), out)
         return out
 
+    def move_slots(self, moves: NDArray[np.int64]) -> None:
+        """Copy slots of the KV pool, int64 [C, 2] (source, destination), in order. Raises ValueError."""
+        if self._model is None:
+            raise ValueError("the executor is closed")
+        self._model.move_slots(moves)
+
     def write_pages(self, pages: NDArray[np.int32], page_bytes: int, data: NDArray[np.uint8]) -> None:
         """Copy adapter pages [n, page_bytes] into the pool. Raises ValueError."""
         self._model.write_pages(pages, page_bytes, data)

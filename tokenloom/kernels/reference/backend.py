@@ -54,6 +54,7 @@ class ReferenceBackend:
         )
         self._vocab_size = program.vocab_size
         self._max_context = len(rope[0])
+        self._pool = pool
         self._num_pages = pool.num_pages
         self._hidden = np.zeros((0, 0), np.float32)
         self._slots = np.zeros(0, np.int32)
@@ -94,6 +95,15 @@ class ReferenceBackend:
         if self._parts is not None and (self._slots[rows] >= 0).any():
             adapters = self._parts[0].adapters
             adapters.add_products(self._head, self._slots[rows], hidden, logits)
+
+    def move_slots(self, moves: NDArray[np.int64]) -> None:
+        """Copy slots of the KV pool, int64 [C, 2] (source, destination), in order. Raises ValueError."""
+        if self._parts is None:
+            raise ValueError("the executor is closed")
+        if moves.ndim != 2 or moves.shape[1] != 2:
+            raise ValueError("moves must be [C, 2]")
+        _within("moves", moves, 0, self._num_pages * PAGE_SIZE)
+        self._pool.move_slots(moves)
 
     def write_pages(self, pages: NDArray[np.int32], page_bytes: int, data: NDArray[np.uint8]) -> None:
         """Nothing: adapters are read from their images."""

@@ -69,6 +69,17 @@ class KVPool:
             frames, pages = self.locate(copies)
             self._pages[frames[:, 1], pages[:, 1]] = self._pages[frames[:, 0], pages[:, 0]]
 
+    def move_slots(self, moves: NDArray[np.int64]) -> None:
+        """Copy slots, int64 [C, 2] (source, destination), one move after the other."""
+        origins: dict[int, int] = {}
+        for source, destination in moves.tolist():
+            origins[destination] = origins.get(source, source)
+        destinations, sources = np.array([*origins], np.int64), np.array([*origins.values()], np.int64)
+        frames, pages = self.locate(destinations // PAGE_SIZE)
+        from_frames, from_pages = self.locate(sources // PAGE_SIZE)
+        held = self._slots[from_frames, from_pages, :, sources % PAGE_SIZE]
+        self._slots[frames, pages, :, destinations % PAGE_SIZE] = held
+
     def locate(self, page_ids: NDArray[Any]) -> tuple[Indices, Indices]:
         """Frame and index in the frame of page ids of any shape."""
         frames, pages = np.divmod(page_ids.astype(np.intp), self.pages_per_frame)
