@@ -1,0 +1,1 @@
+"""Proposers of token trees, and the sampling that verifies them by rejection."""
