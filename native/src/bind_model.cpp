@@ -240,7 +240,9 @@ Model::AdapterLayout adapter_layout(const Array<int64_t>& shapes, const Array<fl
     return layout;
 }
 
-const int32_t* page_ids(const Array<int32_t>& pages) { return of_length("pages", pages, static_cast<int64_t>(pages.size())); }
+const int32_t* page_ids(const Array<int32_t>& pages) {
+    return of_length("pages", pages, static_cast<int64_t>(pages.size()));
+}
 
 void bind_adapters(nb::class_<Model>& model) {
     model
@@ -305,9 +307,11 @@ void bind_model(nb::module_& m) {
         .def("buffer", &Model::add_buffer, nb::arg("width"), nb::arg("activation"))
         .def("kv",
              [](Model& self, const std::string& format, int layers, int heads, int dim, int64_t frames,
-                int64_t frame_bytes, int64_t pages_per_frame) {
-                 self.set_kv(kv_format(format), layers, heads, dim, frames, frame_bytes, pages_per_frame);
-             })
+                int64_t frame_bytes, int64_t pages_per_frame, const Model* frames_of) {
+                 self.set_kv(kv_format(format), layers, heads, dim, frames, frame_bytes, pages_per_frame, frames_of);
+             },
+             nb::arg("format"), nb::arg("layers"), nb::arg("heads"), nb::arg("dim"), nb::arg("frames"),
+             nb::arg("frame_bytes"), nb::arg("pages_per_frame"), nb::arg("frames_of").none() = nb::none())
         .def("rope",
              [](Model& self, Array<float> cos, Array<float> sin, int64_t tables) {
                  if (cos.ndim() != 2 || sin.ndim() != 2 || tables < 1 || cos.shape(0) % static_cast<size_t>(tables))
@@ -384,6 +388,11 @@ void bind_model(nb::module_& m) {
                  self.move_slots(moves.data(), static_cast<int64_t>(moves.shape(0)));
              },
              exactly("moves"))
+        .def("clear_kv_pages",
+             [](Model& self, const Array<int32_t>& pages) {
+                 self.clear_kv_pages(page_ids(pages), static_cast<int64_t>(pages.size()));
+             },
+             exactly("pages"))
         .def("logits",
              [](Model& self, Array<int32_t> rows, Out<float> out) {
                  if (rows.ndim() != 1 || out.ndim() != 2 || out.shape(0) != rows.shape(0) ||

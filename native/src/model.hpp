@@ -131,8 +131,9 @@ class Model {
 
     // --- building; each throws std::invalid_argument for what does not fit ---
     int add_buffer(int64_t width, bool activation);
+    // `frames_of`: a model of which this one cuts the very frames into pages of its own, or null.
     void set_kv(KVFormat format, int layers, int heads, int dim, int64_t frames, int64_t frame_bytes,
-                int64_t pages_per_frame);
+                int64_t pages_per_frame, const Model* frames_of = nullptr);
     // [tables * positions, half]
     void set_rope(std::vector<float> cos, std::vector<float> sin, int64_t positions, int64_t half, int64_t tables);
     void add_embed_packed(Weight weight, int out, float scale);
@@ -156,6 +157,8 @@ class Model {
     // --- the KV pool between steps ---
     // See kv_store.hpp. Throws std::invalid_argument for a slot outside the pool, before anything is copied.
     void move_slots(const int64_t* moves, int64_t count);
+    // Zeroes pages. Throws std::invalid_argument for a page outside the pool, before anything is written.
+    void clear_kv_pages(const int32_t* pages, int64_t count);
 
     // --- adapters; not during a step ---
     // Pages of `page_bytes` bytes, a whole number of them to a frame of the pool.
@@ -246,7 +249,7 @@ class Model {
     std::vector<Activation> buffers_;
     std::vector<Op> ops_;
     Head head_;
-    Memory kv_memory_;
+    std::shared_ptr<Memory> kv_memory_;  // of all models in the same frames
     std::unique_ptr<KVPool> kv_;
     std::vector<float> cos_, sin_;
     int64_t max_positions_ = 0, rotary_half_ = 0, num_tables_ = 0;

@@ -15,7 +15,7 @@ int Model::add_buffer(int64_t width, bool activation) {
 }
 
 void Model::set_kv(KVFormat format, int layers, int heads, int dim, int64_t frames, int64_t frame_bytes,
-                   int64_t pages_per_frame) {
+                   int64_t pages_per_frame, const Model* frames_of) {
     if (layers < 1 || heads < 1 || dim < 2 || dim % 2 || dim > 1024 || frames < 1 || pages_per_frame < 1)
         refuse("KV pool of " + number(layers) + " layers, " + number(heads) + " heads of " + number(dim) +
                " dimensions (even, at most 1024), " + number(frames) + " frames of " + number(pages_per_frame) +
@@ -24,8 +24,14 @@ void Model::set_kv(KVFormat format, int layers, int heads, int dim, int64_t fram
     if (layout.page_bytes() * pages_per_frame > frame_bytes || frame_bytes % 64)
         refuse(number(pages_per_frame) + " pages of " + number(layout.page_bytes()) + " bytes do not fit a frame of " +
                number(frame_bytes) + " bytes (a multiple of 64)");
-    kv_memory_ = Memory(static_cast<size_t>(frames * frame_bytes));
-    kv_ = std::make_unique<KVPool>(KVPool{layout, kv_memory_.data(), frames, frame_bytes, pages_per_frame});
+    if (frames_of) {
+        if (!frames_of->kv_ || frames_of->kv_->num_frames != frames || frames_of->kv_->frame_bytes != frame_bytes)
+            refuse("the other model has no " + number(frames) + " frames of " + number(frame_bytes) + " bytes to share");
+        kv_memory_ = frames_of->kv_memory_;
+    } else {
+        kv_memory_ = std::make_shared<Memory>(static_cast<size_t>(frames * frame_bytes));
+    }
+    kv_ = std::make_unique<KVPool>(KVPool{layout, kv_memory_->data(), frames, frame_bytes, pages_per_frame});
 }
 
 void Model::set_rope(std::vector<float> cos, std::vector<float> sin, int64_t positions, int64_t half, int64_t tables) {

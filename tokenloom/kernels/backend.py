@@ -38,6 +38,11 @@ class Backend(Protocol):
         """Copy K and V of whole slots, int64 [C, 2] (source, destination; page * 16 + offset), one move after the
         other: a source may be what an earlier move left there. Raises ValueError before anything is copied."""
 
+    def clear_kv_pages(self, pages: NDArray[np.int32]) -> None:
+        """Zero KV pages of this model. Where other models, or adapters, lie in the same frames, a page is cleared when
+        it is taken and again when it is given back: what it holds for one may be no finite keys for another. Raises
+        ValueError before anything is written."""
+
     def write_pages(self, pages: NDArray[np.int32], page_bytes: int, data: NDArray[np.uint8]) -> None:
         """Copy adapter pages [n, page_bytes] into the pool."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,14 @@ from tokenloom.runtime.synthetic_batches import page_writers, uniform_batch
 Float32 = NDArray[np.float32]
 
 
+@dataclass(slots=True)
+class _Frames:
+    """What executors in the same frames know of each other: how many they are, and whether pages may be in use."""
+
+    num_executors: int = 0
+    are_in_use: bool = False
+
+
 class LocalExecutor:
     """Runs token batches of one model on the `kernels` "native" or "reference".
 
@@ -30,6 +39,10 @@ class LocalExecutor:
     made; `rope` is (cos, sin), fp32 [max_context, rotary_dim / 2]; `dtype` and `kv_dtype` are formats of the
     backend; results do not depend on `num_threads`, nor on the instruction set `isa` of the native kernels. A
     step is computed in `submit`; `collect` hands its result out.
+
+    `frames_of` is an executor of another model on the same kernels, whose frames (as many, as large) this one cuts
+    into pages of its own: memory belongs to whoever has the frame. (The reference keeps arrays of its own, whose page
+    ids follow the frames.) See `Backend.clear_kv_pages`. Either may outlive the other.
 
     A batch that names what does not exist (a page, a token, a row, an adapter) is refused by `submit` with
     ValueError or `UnsupportedFeature` before anything is written. An error while computing is raised by
@@ -51,14 +64,21 @@ class LocalExecutor:
         kernels: str = "reference",
         isa: str = "",
         pool: Any = None,
+        frames_of: LocalExecutor | None = None,
     ) -> None:
         if num_threads < 1:
             raise ValueError(f"{num_threads} threads cannot do any work")
         self._max_context = len(rope[0]) // program.num_rope_tables
         self._num_pages = num_frames * pages_per_frame
         self._vocab_size = program.vocab_size
-        self._submitted = False
         self._written_pages = 0
+        self._frame_shape = (kernels, num_frames, frame_bytes)
+        if frames_of is not None and frames_of._frame_shape != self._frame_shape:
+            raise ValueError(
+                f"frames of {frames_of._frame_shape} cannot be those of {self._frame_shape} "
+                "(kernels, number of frames, bytes of one)"
+            )
+        shared = None if frames_of is None else frames_of.backend
         self.backend: Backend
         if kernels == "native":
             self.backend = NativeBackend(
@@ -73,6 +93,7 @@ class LocalExecutor:
                 num_threads=num_threads,
                 isa=isa,
                 pool=pool,
+                frames_of=shared if isinstance(shared, NativeBackend) else None,
             )
         elif kernels == "reference":
             self.backend = ReferenceBackend(
@@ -88,6 +109,8 @@ class LocalExecutor:
             )
         else:
             raise UnsupportedFeature(f"kernels {kernels}", "there are native and reference")
+        self._frames = _Frames() if frames_of is None else frames_of._frames
+        self._frames.num_executors += 1
 
     @property
     def numerics_id(self) -> str:
@@ -96,7 +119,7 @@ class LocalExecutor:
 
     def submit(self, batch: TokenBatch) -> Ticket:
         """Compute the step."""
-        self._submitted = True
+        self._frames.are_in_use = True
         return self._compute(batch)
 
     def collect(self, ticket: Ticket) -> StepResult:
@@ -120,9 +143,10 @@ class LocalExecutor:
         """Seconds of one step of `rows` rows of one sequence after `context` tokens, with one greedy token.
 
         The step stores and reads the first pages of the pool, after every one of them has been written to.
-        Hence it belongs before the first `submit`: afterwards pages may be in use, and it raises ValueError.
+        Hence it belongs before the first `submit` of all executors in these frames: afterwards pages may be in use,
+        and it raises ValueError.
         """
-        if self._submitted:
+        if self._frames.are_in_use:
             raise ValueError("pages may be in use: a step can be profiled only before the first one")
         limit = min(self._max_context, self._num_pages * PAGE_SIZE)
         if rows < 1 or context < 0 or rows + context > limit:
@@ -132,7 +156,10 @@ class LocalExecutor:
             for writer in page_writers(needed, self._vocab_size):
                 self.collect(self._compute(writer))
             self._written_pages = needed
-        return self.collect(self._compute(uniform_batch(1, rows, context, self._vocab_size))).seconds
+        seconds = self.collect(self._compute(uniform_batch(1, rows, context, self._vocab_size))).seconds
+        if self._frames.num_executors > 1:
+            self.backend.clear_kv_pages(np.arange(self._written_pages, dtype=np.int32))
+        return seconds
 
     def _compute(self, batch: TokenBatch) -> Ticket:
         start = time.perf_counter()

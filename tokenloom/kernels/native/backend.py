@@ -50,7 +50,8 @@ class NativeBackend:
     `weights` maps names of `program.weights` to what a `WeightPacker` made, or to plain arrays, which are packed
     here. `rope` is (cos, sin), fp32 [max_context, rotary_dim / 2]. `dtype` is the type of activations and of
     weights that are not quantised, `kv_dtype` float32, bfloat16 or int8. `isa` "" is the best that this machine
-    has; the bits do not depend on it, nor on the threads. Raises `UnsupportedFeature` and ValueError.
+    has; the bits do not depend on it, nor on the threads. `frames_of`: a backend of which this one cuts the very
+    frames, as many and as large, into pages of its own. Raises `UnsupportedFeature` and ValueError.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class NativeBackend:
         num_threads: int,
         isa: str = "",
         pool: Any = None,
+        frames_of: NativeBackend | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise UnsupportedFeature(f"dtype {dtype}", f"the native backend has {', '.join(DTYPES)}")
@@ -84,10 +86,15 @@ class NativeBackend:
         """(format, bytes) of each packed weight."""
         self._weights = weights
         self._model: Any = native.Model(self._pool, isa, dtype)
+        if frames_of is not None and frames_of._model is None:
+            raise ValueError("the executor whose frames are to be shared is closed")
         kv = program.kv
         self._model.kv(
-            kv_dtype, kv.num_layers, kv.num_kv_heads, kv.head_dim, num_frames, frame_bytes, pages_per_frame
-        )
+            kv_dtype, kv.num_layers, kv.num_kv_heads, kv.head_dim, num_frames, frame_bytes, pages_per_frame,
+            None if frames_of is None else frames_of._model,
+        )  # fmt: skip
+        self._kv_dtypes: set[str] = set() if frames_of is None else frames_of._kv_dtypes
+        self._kv_dtypes.add(kv_dtype)
         self._model.rope(
             *(np.ascontiguousarray(table, np.float32) for table in rope), program.num_rope_tables
         )
@@ -152,6 +159,12 @@ class NativeBackend:
             raise ValueError("the executor is closed")
         self._model.move_slots(moves)
 
+    def clear_kv_pages(self, pages: NDArray[np.int32]) -> None:
+        """Zero KV pages of this model. Raises ValueError."""
+        if self._model is None:
+            raise ValueError("the executor is closed")
+        self._model.clear_kv_pages(pages)
+
     def write_pages(self, pages: NDArray[np.int32], page_bytes: int, data: NDArray[np.uint8]) -> None:
         """Copy adapter pages [n, page_bytes] into the pool. Raises ValueError."""
         self._model.write_pages(pages, page_bytes, data)
@@ -159,7 +172,7 @@ class NativeBackend:
     def clear_pages(self, pages: NDArray[np.int32], page_bytes: int) -> None:
         """Zero pages that go back to the pool, where what they held could be no finite keys."""
         # Halves of fp32 numbers may be any bf16; all else that adapters hold is finite as keys and values too.
-        if self._dtype == "float32" and self.kv_dtype == "bfloat16":
+        if self._dtype == "float32" and "bfloat16" in self._kv_dtypes:
             self._model.clear_pages(pages, page_bytes)
 
     def bind_adapter(self, slot: int, image: AdapterImage, pages: NDArray[np.int32]) -> None:

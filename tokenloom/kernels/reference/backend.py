@@ -105,6 +105,13 @@ class ReferenceBackend:
         _within("moves", moves, 0, self._num_pages * PAGE_SIZE)
         self._pool.move_slots(moves)
 
+    def clear_kv_pages(self, pages: NDArray[np.int32]) -> None:
+        """Zero KV pages of this model. Raises ValueError."""
+        if self._parts is None:
+            raise ValueError("the executor is closed")
+        _within("pages", pages, 0, self._num_pages)
+        self._pool.clear_pages(pages)
+
     def write_pages(self, pages: NDArray[np.int32], page_bytes: int, data: NDArray[np.uint8]) -> None:
         """Nothing: adapters are read from their images."""
 

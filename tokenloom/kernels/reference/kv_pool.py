@@ -80,6 +80,11 @@ class KVPool:
         held = self._slots[from_frames, from_pages, :, sources % PAGE_SIZE]
         self._slots[frames, pages, :, destinations % PAGE_SIZE] = held
 
+    def clear_pages(self, page_ids: NDArray[np.int32]) -> None:
+        """Zero pages."""
+        frames, pages = self.locate(page_ids)
+        self._pages[frames, pages] = 0
+
     def locate(self, page_ids: NDArray[Any]) -> tuple[Indices, Indices]:
         """Frame and index in the frame of page ids of any shape."""
         frames, pages = np.divmod(page_ids.astype(np.intp), self.pages_per_frame)
