@@ -168,6 +168,10 @@ class SpeculationOptions:
         check=lambda v: 1 <= v <= 8,
         limit="1 to 8",
     )
+    draft_pace: Literal["adaptive", "fixed"] = knob(
+        "adaptive",
+        "Guess as much as pays on this machine at this load, or in every step as much as the limits allow.",
+    )
     ngram_min_match: int = knob(
         2, "Tokens that must have occurred before, for what followed them to be guessed.", **_at_least(1)
     )

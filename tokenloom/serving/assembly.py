@@ -32,6 +32,7 @@ from tokenloom.serving.client import ModelCard
 from tokenloom.serving.load_listener import LoadListener
 from tokenloom.serving.model_directory import model_directory, model_name
 from tokenloom.serving.requests import SeedSource
+from tokenloom.serving.speculation import add_speculation
 from tokenloom.serving.threads import num_threads
 from tokenloom.text.output_text import make_stop_checker
 from tokenloom.text.tokenizer import Tokenizer
@@ -121,6 +122,7 @@ def build_engine(config: Config, listener: LoadListener) -> EngineParts:
         stop_checkers=make_stop_checker(tokenizer),
         adapters=adapters,
     )
+    add_speculation(config, engine, tokenizer)
     card = _card(config, model, executor, engine)
     seeds = SeedSource(config.runtime.seed)
     return EngineParts(engine=engine, adapters=adapters, tokenizer=tokenizer, card=card, seeds=seeds)

@@ -1,0 +1,53 @@
+"""From the options of speculation to the proposers of an engine."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Final
+
+from tokenloom.config import Config
+from tokenloom.engine.engine import Engine
+from tokenloom.engine.proposer import Proposer
+from tokenloom.engine.speculator import SpeculationLimits, Speculator
+from tokenloom.errors import UnsupportedFeature
+from tokenloom.speculation.corpus import read_corpus
+from tokenloom.speculation.ngram import NgramProposer
+from tokenloom.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+MAX_CORPUS_TOKENS: Final = 4 << 20
+
+
+def add_speculation(config: Config, engine: Engine, tokenizer: Tokenizer) -> None:
+    """Give `engine` the proposers that `config` names. Raises `InvalidParameter`, `ModelError` or
+    `UnsupportedFeature`."""
+    options = config.speculation
+    proposers: list[Proposer] = []
+    for name in options.speculate:
+        if name == "ngram":
+            proposers.append(_ngram(config, engine, tokenizer))
+        else:
+            raise UnsupportedFeature(f"speculate {name}", "there is ngram")
+    limits = SpeculationLimits(
+        max_depth=options.max_draft_depth,
+        max_nodes=options.max_draft_tokens,
+        width=options.draft_width,
+        max_rows=options.max_verify_rows,
+        pace=options.draft_pace,
+    )
+    if proposers:
+        engine.speculate(Speculator(proposers, limits, engine.clock))
+
+
+def _ngram(config: Config, engine: Engine, tokenizer: Tokenizer) -> NgramProposer:
+    options = config.speculation
+    corpus = None
+    if options.ngram_corpus:
+
+        def encode(text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False)
+
+        corpus = read_corpus(Path(options.ngram_corpus), encode, engine.limits.vocab_size, MAX_CORPUS_TOKENS)
+    return NgramProposer(min_match=options.ngram_min_match, corpus=corpus)
