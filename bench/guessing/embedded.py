@@ -1,0 +1,143 @@
+"""Parts `story` and `copy`: real proposers on the embedded models, batch 1.
+
+Both models lie in the processor's caches here, so a verified row is not free: tokens of a target step, and the
+draft's share of the time, say more about other models than the speed-up does.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from typing import Any
+
+from guessing.engines import Served, engine_parts, serve, speculate
+from rounds import Case, Figures, Referee
+
+from tokenloom import SamplingParams
+from tokenloom.embedded import ADAPTERS
+from tokenloom.engine.engine import Engine
+from tokenloom.engine.proposer import Proposer
+from tokenloom.engine.request import Request
+from tokenloom.runtime.adapter_host import offer_adapter
+from tokenloom.serving.assembly import EngineParts, open_library
+
+NOUNS = "dog cat bird ball tree boat king queen fox bear lake hill star cake hat shoe frog duck horse house".split()
+DEPTH = 4
+
+
+def stories(parts: EngineParts, count: int, num_output: int) -> list[Request]:
+    """Requests for stories, half of them greedy, half sampled."""
+    rng = random.Random(3)
+    found = []
+    for number in range(count):
+        one, two = rng.sample(NOUNS, 2)
+        messages = [{"role": "user", "content": f"Tell me a story about a {one} and a {two}."}]
+        prompt = parts.tokenizer.encode(parts.tokenizer.render(messages), add_special_tokens=False)
+        params = SamplingParams(
+            temperature=0.8 * (number % 2), top_p=0.95, seed=number, max_tokens=num_output
+        )
+        found.append(Request(request_id=f"s{number}", prompt_token_ids=prompt, params=params))
+    return found
+
+
+def measure_story(spec: dict[str, Any]) -> dict[str, Any]:
+    """The embedded draft before the embedded target: as it would run, as a chain and as a tree."""
+    count, num_output = (4, 64) if spec["quick"] else (24, 160)
+    served: dict[str, list[Served]] = {}
+    with engine_parts(spec, speculate=("draft",), prefix_cache=False) as parts:
+        engine = parts.engine
+        requests = stories(parts, count, num_output)
+        proposers = [source.proposer for source in engine.speculator.sources]
+        adaptive = engine.speculator
+        speculate(engine, [])
+        texts = serve(engine, requests).texts()
+        settings = {
+            "plain": speculate(engine, []),
+            "adaptive": adaptive,
+            "chain": _fixed(engine, proposers, 1, DEPTH),
+            "tree": _fixed(engine, proposers, 3, 3 * DEPTH),
+        }
+
+        def case(name: str) -> Case:
+            def run(seed: str) -> Figures:
+                engine.speculate(settings[name])
+                found = [serve(engine, [request]) for request in requests]
+                if {key: text for each in found for key, text in each.texts().items()} != texts:
+                    raise RuntimeError("the text changed")
+                served[name] = found
+                return _figures(found)
+
+            return run
+
+        # The curve and the chances are learned before anything counts.
+        case("adaptive")("warm")
+        found = Referee.of(spec).measure({name: case(name) for name in settings})
+    per_request = {
+        name: [each.tokens_per_step for each in runs] for name, runs in served.items() if name != "plain"
+    }
+    ratios = [tree / chain for tree, chain in zip(per_request["tree"], per_request["chain"], strict=True)]
+    return {
+        "speedup_story_batch1": found.ratio("adaptive", "plain", "decode_tok_s"),
+        "tokens_per_step_story": found.median("adaptive", "tokens_per_step"),
+        "tree_over_chain": found.median("tree", "tokens_per_step") / found.median("chain", "tokens_per_step"),
+        "tree_over_chain_by_request": statistics.mean(ratios),
+        "tree_over_chain_error": statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else None,
+        "draft_share": found.median("adaptive", "draft_share"),
+        "depth": DEPTH,
+        **found.summary(),
+    }
+
+
+def _fixed(engine: Engine, proposers: list[Proposer], width: int, nodes: int) -> Any:
+    return speculate(engine, proposers, pace="fixed", max_depth=DEPTH, max_nodes=nodes, width=width)
+
+
+def _figures(found: list[Served]) -> Figures:
+    tokens = sum(step.decode_rows + step.num_accepted for each in found for step in each.decoding)
+    roots = sum(step.decode_rows for each in found for step in each.decoding)
+    seconds = sum(each.decode_seconds for each in found)
+    proposing = sum(step.seconds["propose"] for each in found for step in each.decoding)
+    return {
+        "decode_tok_s": tokens / seconds,
+        "tokens_per_step": tokens / roots,
+        "draft_share": proposing / seconds,
+    }
+
+
+def measure_copy(spec: dict[str, Any]) -> dict[str, Any]:
+    """N-gram look-up with the embedded adapter that repeats what it is given."""
+    if "repeat" not in ADAPTERS:
+        return {"speedup_copy_batch1": None, "error": "there is no embedded adapter that repeats"}
+    count = 4 if spec["quick"] else 16
+    with engine_parts(spec, speculate=("ngram",), prefix_cache=False) as parts:
+        engine = parts.engine
+        library = open_library(parts_config(spec))
+        prepared, _ = library.prepare(ADAPTERS["repeat"])
+        offer_adapter(engine, parts.adapters, prepared.content_id, prepared.image)
+        requests = copies(parts, count, prepared.content_id)
+        adaptive = engine.speculator
+        settings = {"plain": speculate(engine, []), "ngram": adaptive}
+        texts = {}
+        engine.speculate(settings["plain"])
+        for request in requests:
+            texts |= serve(engine, [request]).texts()
+
+        def case(name: str) -> Case:
+            def run(seed: str) -> Figures:
+                engine.speculate(settings[name])
+                found = [serve(engine, [request]) for request in requests]
+                if {key: text for each in found for key, text in each.texts().items()} != texts:
+                    raise RuntimeError("the text changed")
+                return _figures(found)
+
+            return run
+
+        case("ngram")("warm")
+        found = Referee.of(spec).measure({name: case(name) for name in settings})
+        library.close()
+    return {
+        "speedup_copy_batch1": found.ratio("ngram", "plain", "decode_tok_s"),
+        "tokens_per_step_copy": found.median("ngram", "tokens_per_step"),
+        "output_tokens": sum(map(len, texts.values())),
+        **found.summary(),
+    }
