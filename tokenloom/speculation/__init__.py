@@ -1,1 +1,1 @@
-"""Proposers: what suggests how sequences go on, for the target model to verify."""
+"""Proposers of token trees, and the sampling that verifies them by rejection."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
 _NOISE_RANGE = np.float32(MAX_GUMBEL - MIN_GUMBEL + 1)
+_CLOSE = np.float64(1e-9)
 
 
 def draft(backend: Backend, work: DraftWork) -> list[Proposal]:
@@ -227,14 +229,18 @@ def _best(logits: Float32, entry: int, entries: LogitRows, level: int) -> tuple[
         bits = vocabulary_bits(seeds, samples, positions, len(logits), Purpose.TOKEN)[0, tokens]
     else:
         bits = token_bits(seeds, samples, positions, tokens, Purpose.TOKEN)
-    return _ranked(tokens, scores[0, tokens].astype(np.float64) + gumbel(bits))
+    values = scores[0, tokens].astype(np.float64)
+    # The library's logarithms are fast and the specified ones the same everywhere; they differ by a few units in the
+    # last place, so that only those who come close need the latter.
+    close = _leaders(values - np.log(-np.log((bits + 0.5) * 2.0**-32)), _CLOSE)
+    return _ranked(tokens[close], values[close] + gumbel(bits[close]))
 
 
-def _leaders(scores: Float32, margin: np.float32) -> NDArray[np.intp]:
-    """Tokens, ascending, with a score of at least the `MAX_CANDIDATES`-th best less `margin`; never one of -inf."""
-    bound = np.float32(-np.inf)
-    if len(scores) > MAX_CANDIDATES:
-        bound = np.partition(scores, -MAX_CANDIDATES)[-MAX_CANDIDATES] - margin
+def _leaders(scores: NDArray[np.floating[Any]], margin: np.floating[Any]) -> NDArray[np.intp]:
+    """Places, ascending, with a score of at least the `MAX_CANDIDATES`-th best less `margin`; never one of -inf."""
+    if len(scores) <= MAX_CANDIDATES:
+        return np.flatnonzero(scores > -np.inf)
+    bound = np.partition(scores, -MAX_CANDIDATES)[-MAX_CANDIDATES] - margin
     return np.flatnonzero((scores >= bound) & (scores > -np.inf))
 
 
