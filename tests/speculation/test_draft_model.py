@@ -29,7 +29,9 @@ from tokenloom.engine.request import Request
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.engine.sequence import Sequence
 from tokenloom.kernels.failure import StepFailed
-from tokenloom.speculation.draft_model import MAX_FAILURES, DraftAdapter, DraftModel
+from tokenloom.speculation import draft_model
+from tokenloom.speculation.draft_batch import DraftAdapter
+from tokenloom.speculation.draft_model import MAX_FAILURES, DraftModel
 
 CONFIG = small_config()
 NOTHING = Proposal()
@@ -401,7 +403,7 @@ def test_a_failure_after_scratch_was_taken_leaks_nothing(monkeypatch: pytest.Mon
     def fail(*_: Any) -> Any:
         raise Broken
 
-    monkeypatch.setattr(model, "_work", fail)
+    monkeypatch.setattr(draft_model, "draft_work", fail)
     assert ask(model, sequence([1] * 10), sequence([2] * 10)) == [NOTHING, NOTHING]
     assert model.cache.pages.num_used == 0
 

@@ -12,36 +12,23 @@ import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from dataclasses import dataclass
+from typing import Final
 
-import numpy as np
-
-from tokenloom.engine.batch import PAGE_SIZE, Int32, LogitEdits, LogitRows, TokenBatch, Work
+from tokenloom.engine.batch import PAGE_SIZE
 from tokenloom.engine.frames import PageClass
-from tokenloom.engine.prefix_cache import Digest, PrefixCache, extend_chain, root_digest
+from tokenloom.engine.prefix_cache import PrefixCache, extend_chain, root_digest
 from tokenloom.engine.proposer import Proposal, Wanted
-from tokenloom.engine.sampling_rules import logit_edits
 from tokenloom.engine.sequence import Sequence
-from tokenloom.kernels.draft_work import MAX_CANDIDATES, DraftWork, scratch_pages
+from tokenloom.kernels.draft_work import MAX_CANDIDATES, scratch_pages
 from tokenloom.runtime.local import LocalExecutor
+from tokenloom.speculation.draft_batch import DraftAdapter, DraftState, Job, draft_work
 from tokenloom.speculation.draft_loop import draft
 
 log = logging.getLogger(__name__)
 
 MAX_FAILURES: Final = 3
 """Failed calls in a row after which a draft model is not asked again."""
-
-_MASK64 = (1 << 64) - 1
-_NO_COPIES = np.zeros((0, 2), np.int32)
-
-
-class DraftAdapter(NamedTuple):
-    """What the draft computes a sequence with: the content id of an adapter of the draft model, and the slot where
-    its executor has it now; "" and -1 for the draft as it is."""
-
-    content: str = ""
-    slot: int = -1
 
 
 def no_adapter(seq: Sequence) -> DraftAdapter:
@@ -68,35 +55,6 @@ class DraftStats:
     num_dropped: int = 0
     num_failures: int = 0
     seconds: float = 0.0
-
-
-@dataclass(slots=True, eq=False)
-class _State:
-    """The draft's KV of one sequence: tokens[:computed] in `pages`."""
-
-    adapter: DraftAdapter
-    root: Digest
-    chain: list[Digest] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
-    computed: int = 0
-    registered: int = 0
-    call: int = -1
-    is_lost: bool = False
-    """The text has a token that the draft does not know."""
-
-
-class _Job(NamedTuple):
-    """Tokens [start, end) of the sequence at `place` in this call, then `depth` levels of up to `width` nodes.
-    `scratch` are `width` runs of pages, one after another."""
-
-    place: int
-    seq: Sequence
-    state: _State
-    start: int
-    end: int
-    depth: int
-    width: int
-    scratch: list[int]
 
 
 class DraftModel:
@@ -138,10 +96,12 @@ class DraftModel:
         self._vocab_size = vocab_size
         self._target_vocab_size = target_vocab_size
         self._debug = debug
-        self._states: dict[Sequence, _State] = {}
+        self._states: dict[Sequence, DraftState] = {}
         """In the order of their last proposal, the latest at the end."""
         self._scratch: list[int] = []
-        """Pages of this call's trees."""
+        """Pages of trees, kept for the next call, which needs about as many."""
+        self._num_scratch = 0
+        """How many of them this call has given out."""
         self._failures = 0
 
     # --- the protocol of proposers -----------------------------------------------------------------------
@@ -164,7 +124,8 @@ class DraftModel:
         except Exception as error:
             self._fail(error)
             proposals = [Proposal() for _ in wanted]
-        self._release_scratch()
+        self._keep_scratch(self._num_scratch)
+        self._num_scratch = 0
         if self._debug:
             self.check()
         self.stats.seconds += time.perf_counter() - begun
@@ -174,6 +135,8 @@ class DraftModel:
         state = self._states.pop(seq, None)
         if state is not None:
             self.cache.release(state.pages)
+        if not self._states:
+            self._keep_scratch(0)
 
     def close(self) -> None:
         self._clear()
@@ -187,11 +150,15 @@ class DraftModel:
         return len(self.cache.pages.frames)
 
     def evict_for_frame(self) -> bool:
-        """Give a frame back, idle pages first, then the KV of whom a proposal was asked for least recently."""
+        """Give a frame back: of idle pages, then of trees that are gone, then of whom a proposal was asked for least
+        recently."""
         if self.cache.free_frame():
             return True
         pool = self.cache.pages.pool
         before = pool.num_free
+        self._keep_scratch(0)
+        if pool.num_free > before or self.cache.free_frame():
+            return True
         while self._states:
             self._drop(next(iter(self._states)))
             if pool.num_free > before or self.cache.free_frame():
@@ -204,7 +171,7 @@ class DraftModel:
         jobs = self._plan(wanted)
         if not jobs:
             return
-        work = self._work(jobs)
+        work = draft_work(jobs)
         if self._debug:
             work.batch.check()
         found = draft(self._executor.backend, work)
@@ -216,7 +183,7 @@ class DraftModel:
                 self.stats.num_nodes += len(proposal.tokens)
                 proposals[job.place] = proposal
 
-    def _plan(self, wanted: Seq[Wanted]) -> list[_Job]:
+    def _plan(self, wanted: Seq[Wanted]) -> list[Job]:
         """Whose rows are computed, with pages for them. Who lacks least comes first, so that those who decode do not
         wait for a long prompt."""
         call = self.stats.num_calls
@@ -226,7 +193,7 @@ class DraftModel:
             for request, state in zip(wanted, states, strict=True)
         ]
         rows = self.max_rows
-        jobs: list[_Job] = []
+        jobs: list[Job] = []
         for index in sorted(range(len(wanted)), key=missing.__getitem__):
             state = states[index]
             if state is None or state.is_lost or not rows:
@@ -237,7 +204,7 @@ class DraftModel:
                 rows -= job.end - job.start
         return jobs
 
-    def _state(self, seq: Sequence, call: int) -> _State | None:
+    def _state(self, seq: Sequence, call: int) -> DraftState | None:
         """The state of a sequence, now the latest; None, and nothing is kept, where the draft cannot follow it."""
         if len(seq.tokens) > self.max_context:
             self.forget(seq)
@@ -248,13 +215,13 @@ class DraftModel:
             self.cache.release(state.pages)
             state = None
         if state is None:
-            state = _State(adapter, root_digest((*self._identity, adapter.content, seq.request.tenant)))
+            state = DraftState(adapter, root_digest((*self._identity, adapter.content, seq.request.tenant)))
         state.adapter = adapter
         state.call = call
         self._states[seq] = state
         return state
 
-    def _job(self, place: int, request: Wanted, state: _State, rows: int) -> _Job | None:
+    def _job(self, place: int, request: Wanted, state: DraftState, rows: int) -> Job | None:
         """Give `state` pages for as many of its missing tokens as `rows` and pages allow, and for a tree if that is
         all of them."""
         seq = request.seq
@@ -275,7 +242,7 @@ class DraftModel:
         scratch: list[int] = []
         if end == len(tokens):
             depth, width, scratch = self._shape(request)
-        return _Job(place, seq, state, start, end, depth, max(width, 1), scratch)
+        return Job(place, seq, state, start, end, depth, max(width, 1), scratch)
 
     def _shape(self, request: Wanted) -> tuple[int, int, list[int]]:
         """Levels, nodes of a level, and scratch pages of a tree: a chain where there are not enough for beams, one
@@ -316,7 +283,7 @@ class DraftModel:
 
     # --- pages -------------------------------------------------------------------------------------------
 
-    def _share(self, state: _State, tokens: Seq[int]) -> None:
+    def _share(self, state: DraftState, tokens: Seq[int]) -> None:
         """Take the pages of others with the same prefix, where they reach further."""
         if not self.cache.enabled:
             return
@@ -339,7 +306,7 @@ class DraftModel:
         state.computed = shared
         state.registered = len(found)
 
-    def _grow(self, state: _State, length: int) -> int:
+    def _grow(self, state: DraftState, length: int) -> int:
         """Give `state` pages for `length` tokens; how many have room."""
         while len(state.pages) * PAGE_SIZE < length:
             page = self._page()
@@ -348,7 +315,7 @@ class DraftModel:
             state.pages.append(page)
         return length
 
-    def _register(self, state: _State, tokens: Seq[int], length: int) -> None:
+    def _register(self, state: DraftState, tokens: Seq[int], length: int) -> None:
         """Make full pages findable, those of this call too: each layer stores the K and V of all rows of a batch
         before it attends."""
         full = length // PAGE_SIZE
@@ -359,21 +326,28 @@ class DraftModel:
             state.registered = full
 
     def _take(self, count: int) -> list[int] | None:
-        """`count` pages until this call is over, or None and nothing is taken."""
-        before = len(self._scratch)
-        while len(self._scratch) < before + count:
-            page = self._page()
+        """`count` pages until this call is over, or None where there are not so many."""
+        begin = self._num_scratch
+        while len(self._scratch) < begin + count:
+            page = self._new_page()
             if page is None:
-                self._release_scratch(before)
                 return None
             self._scratch.append(page)
-        return self._scratch[before:]
+        self._num_scratch += count
+        return self._scratch[begin : begin + count]
 
-    def _release_scratch(self, keep: int = 0) -> None:
-        self.cache.release(self._scratch[keep:])
-        del self._scratch[keep:]
+    def _keep_scratch(self, count: int) -> None:
+        self.cache.release(self._scratch[count:])
+        del self._scratch[count:]
 
     def _page(self) -> int | None:
+        """A page for KV: a new one, else one that no tree needs."""
+        page = self._new_page()
+        if page is None and len(self._scratch) > self._num_scratch:
+            page = self._scratch.pop()
+        return page
+
+    def _new_page(self) -> int | None:
         """A page: a free or an idle one, else of a frame that somebody gives, else of whom a proposal was asked for
         least recently, but not in this call."""
         page = self.cache.allocate()
@@ -387,7 +361,7 @@ class DraftModel:
             page = self.cache.allocate()
         return page
 
-    def _lose(self, state: _State) -> None:
+    def _lose(self, state: DraftState) -> None:
         """Give up on a sequence for as long as it runs."""
         self.cache.release(state.pages)
         state.pages = []
@@ -401,6 +375,7 @@ class DraftModel:
     def _clear(self) -> None:
         for seq in list(self._states):
             self.forget(seq)
+        self._keep_scratch(0)
         self.cache.clear()
 
     def _fail(self, error: Exception) -> None:
@@ -412,44 +387,6 @@ class DraftModel:
             log.error("the draft model %s failed; requests go on without it", self.name, exc_info=error)
         if self.is_off:
             log.error("the draft model %s failed %d times in a row and is off", self.name, self._failures)
-
-    # --- the batch ---------------------------------------------------------------------------------------
-
-    def _work(self, jobs: Seq[_Job]) -> DraftWork:
-        token_ids: list[int] = []
-        for job in jobs:
-            token_ids += job.seq.tokens[job.start : job.end]
-        first = np.array([job.start for job in jobs], np.int32)
-        ends = np.array([job.end for job in jobs], np.int32)
-        lengths = ends - first
-        starts = np.zeros(len(jobs) + 1, np.int32)
-        np.cumsum(lengths, out=starts[1:])
-        owner = np.repeat(np.arange(len(jobs)), lengths)
-        positions = np.arange(starts[-1], dtype=np.int32) + (first - starts[:-1])[owner]
-        tables = _rows_of([job.state.pages for job in jobs])
-        slots = tables[owner, positions // PAGE_SIZE].astype(np.int64) * PAGE_SIZE + positions % PAGE_SIZE
-        stored = np.array([job.state.computed for job in jobs], np.int32)
-        slots[positions < stored[owner]] = -1
-        batch = TokenBatch(
-            token_ids=np.array(token_ids, np.int32),
-            positions=positions,
-            logical=positions,
-            slots=slots,
-            parents=np.full(len(positions), -1, np.int32),
-            starts=starts,
-            context_lens=first,
-            page_tables=tables,
-            adapter_slots=np.array([job.state.adapter.slot for job in jobs], np.int32),
-            work=np.where(lengths == 1, np.int8(Work.DECODE), np.int8(Work.PREFILL)),
-            logit_rows=_logit_rows(jobs, starts[1:] - 1),
-            page_copies=_NO_COPIES,
-        )
-        return DraftWork(
-            batch,
-            depths=np.array([job.depth for job in jobs], np.int32),
-            widths=np.array([job.width for job in jobs], np.int32),
-            scratch=_scratch_of(jobs),
-        )
 
     # --- invariants --------------------------------------------------------------------------------------
 
@@ -463,45 +400,3 @@ class DraftModel:
                 )
             if state.registered > len(state.pages):
                 raise AssertionError(f"{state.registered} of {len(state.pages)} draft pages are registered")
-
-
-def _rows_of(lists: Seq[Seq[int]]) -> Int32:
-    """int32 [S, longest], 0 behind the end of a list."""
-    rows = np.zeros((len(lists), max(1, *map(len, lists))), np.int32)
-    for row, found in zip(rows, lists, strict=True):
-        row[: len(found)] = found
-    return rows
-
-
-def _scratch_of(jobs: Seq[_Job]) -> Int32:
-    """int32 [S, W, P]."""
-    each = [len(job.scratch) // job.width for job in jobs]
-    scratch = np.zeros((len(jobs), max(job.width for job in jobs), max(each)), np.int32)
-    for pages, job, count in zip(scratch, jobs, each, strict=True):
-        if count:
-            pages[: job.width, :count] = np.array(job.scratch, np.int32).reshape(job.width, count)
-    return scratch
-
-
-def _logit_rows(jobs: Seq[_Job], rows: Int32) -> LogitRows:
-    """The sampling state of each target's next token."""
-    params = [job.seq.request.params for job in jobs]
-    edits: dict[int, LogitEdits] = {}
-    for i, job in enumerate(jobs):
-        if job.depth and job.seq.needs_edits:
-            edit = logit_edits(job.seq)
-            if edit is not None:
-                edits[i] = edit
-    return LogitRows(
-        rows=rows,
-        targets=np.full(len(jobs), -1, np.int32),
-        temperatures=np.array([p.temperature for p in params], np.float32),
-        top_k=np.array([max(p.top_k, 0) for p in params], np.int32),
-        top_p=np.array([p.top_p for p in params], np.float32),
-        min_p=np.array([p.min_p for p in params], np.float32),
-        seeds=np.array([(p.seed or 0) & _MASK64 for p in params], np.uint64),
-        sample_index=np.array([job.seq.index for job in jobs], np.uint32),
-        positions=np.array([len(job.seq.tokens) for job in jobs], np.int64),
-        num_logprobs=np.full(len(jobs), -1, np.int32),
-        edits=edits,
-    )

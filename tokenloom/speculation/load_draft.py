@@ -19,7 +19,8 @@ from tokenloom.models.loading import ModelDescription, describe_model, load_mode
 from tokenloom.models.memory_plan import MemoryPlan
 from tokenloom.models.weight_sources import ProgressListener, WeightFormat, roundings
 from tokenloom.runtime.local import LocalExecutor
-from tokenloom.speculation.draft_model import DraftAdapter, DraftModel, no_adapter, no_frame
+from tokenloom.speculation.draft_batch import DraftAdapter
+from tokenloom.speculation.draft_model import DraftModel, no_adapter, no_frame
 from tokenloom.text.tokenizer import Tokenizer
 
 MAX_ROWS: Final = 512
