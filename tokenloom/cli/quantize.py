@@ -24,9 +24,10 @@ from tokenloom.cli.local import load
 from tokenloom.config import Config, SchedulerOptions
 from tokenloom.engine.batch import PAGE_SIZE
 from tokenloom.errors import InvalidParameter
+from tokenloom.models.formats import Formats
 from tokenloom.models.loading import describe_model
 from tokenloom.models.memory_plan import show_bytes
-from tokenloom.serving.assembly import Formats, choose_formats, choose_ops
+from tokenloom.serving.assembly import choose_formats, choose_ops
 from tokenloom.serving.model_directory import model_directory
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
+DRAFT: Final = Path(__file__).parent / "draft"
+"""Directory of the draft model of the target."""
+
 ADAPTERS: Final[Mapping[str, Path]] = MappingProxyType(
     {name: Path(__file__).parent / "adapters" / name for name in ("pirate", "card")}
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from tokenloom.config import Config
 from tokenloom.engine.engine import Engine, EngineLimits
@@ -17,12 +17,13 @@ from tokenloom.engine.policies.queue_order import QueueOrder
 from tokenloom.engine.policies.token_budget import choose_budget
 from tokenloom.errors import UnsupportedFeature
 from tokenloom.kernels.adapter_image import image_dtype, page_bytes_for
-from tokenloom.kernels.backend import Choice, Kernels, KVDtype, choose_kernels
+from tokenloom.kernels.backend import Choice, choose_kernels
 from tokenloom.kernels.native.extension import thread_pool
 from tokenloom.kernels.native.packed_forms import expected_forms
 from tokenloom.kernels.native.weight_cache import WeightCache
 from tokenloom.kernels.native.weights import WeightPacker
-from tokenloom.models.loading import LoadedModel, ModelDescription, describe_model, load_model, resolve_dtype
+from tokenloom.models.formats import Formats, resolve_formats
+from tokenloom.models.loading import LoadedModel, ModelDescription, describe_model, load_model
 from tokenloom.models.memory_plan import MemoryPlan
 from tokenloom.models.weight_sources import roundings
 from tokenloom.runtime.adapter_host import AdapterFormat, AdapterHost
@@ -157,25 +158,15 @@ def choose_ops(config: Config) -> Choice:
     return ops
 
 
-@dataclass(frozen=True, slots=True)
-class Formats:
-    """Which kernels compute, in which arithmetic, and how K and V are held."""
-
-    kernels: Kernels
-    dtype: Literal["float32", "bfloat16", "float16"]
-    kv_dtype: KVDtype
-
-
 def choose_formats(config: Config, described: ModelDescription, ops: Choice) -> Formats:
     """The formats that `config` asks for, with each "auto" resolved for the model on these ops."""
-    quantized = config.model.weights in ("int8", "int4") or described.is_quantized
-    narrow = ops.kernels == "native" and (quantized or described.config.dtype == "bfloat16")
-    dtype = resolve_dtype(config.model.dtype, narrow=narrow)
-    if config.cache.kv_dtype != "auto":
-        return Formats(ops.kernels, dtype, config.cache.kv_dtype)
-    # K and V are rounded like the other activations.
-    kv_dtype: KVDtype = "bfloat16" if dtype == "bfloat16" else "float32"
-    return Formats(ops.kernels, dtype, kv_dtype)
+    return resolve_formats(
+        described,
+        ops.kernels,
+        dtype=config.model.dtype,
+        kv_dtype=config.cache.kv_dtype,
+        weights=config.model.weights,
+    )
 
 
 def _load(

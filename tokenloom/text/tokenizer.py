@@ -54,6 +54,11 @@ class Tokenizer:
         return cls(read_tokenizer_files(Path(path)) if gguf is None else read_gguf_tokenizer(gguf))
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """Ids of all tokens by their spelling, added ones included."""
+        return self._backend.get_vocab()
+
+    @property
     def bos_token_id(self) -> int | None:
         """Id of the token that begins a text, None if the model has none."""
         return self.special_token_id("bos_token")

@@ -1,0 +1,135 @@
+"""What a draft model holds of a sequence, and from the jobs of a call to its arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from tokenloom.engine.batch import PAGE_SIZE, Int32, LogitEdits, LogitRows, TokenBatch, Work
+from tokenloom.engine.prefix_cache import Digest
+from tokenloom.engine.sampling_rules import logit_edits
+from tokenloom.engine.sequence import Sequence
+from tokenloom.kernels.draft_work import DraftWork
+
+_MASK64 = (1 << 64) - 1
+_NO_COPIES = np.zeros((0, 2), np.int32)
+
+
+class DraftAdapter(NamedTuple):
+    """What the draft computes a sequence with: the content id of an adapter of the draft model, and the slot where
+    its executor has it now; "" and -1 for the draft as it is."""
+
+    content: str = ""
+    slot: int = -1
+
+
+@dataclass(slots=True, eq=False)
+class DraftState:
+    """The draft's KV of one sequence: tokens[:computed] in `pages`."""
+
+    adapter: DraftAdapter
+    root: Digest
+    chain: list[Digest] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    computed: int = 0
+    registered: int = 0
+    call: int = -1
+    is_lost: bool = False
+    """The text has a token that the draft does not know."""
+
+
+class Job(NamedTuple):
+    """Tokens [start, end) of the sequence at `place` in this call, then `depth` levels of up to `width` nodes.
+    `scratch` are `width` runs of pages, one after another."""
+
+    place: int
+    seq: Sequence
+    state: DraftState
+    start: int
+    end: int
+    depth: int
+    width: int
+    scratch: list[int]
+
+
+def draft_work(jobs: Seq[Job]) -> DraftWork:
+    """One segment per job: the tokens that the draft's KV of its sequence lacks."""
+    token_ids: list[int] = []
+    for job in jobs:
+        token_ids += job.seq.tokens[job.start : job.end]
+    first = np.array([job.start for job in jobs], np.int32)
+    ends = np.array([job.end for job in jobs], np.int32)
+    lengths = ends - first
+    starts = np.zeros(len(jobs) + 1, np.int32)
+    np.cumsum(lengths, out=starts[1:])
+    owner = np.repeat(np.arange(len(jobs)), lengths)
+    positions = np.arange(starts[-1], dtype=np.int32) + (first - starts[:-1])[owner]
+    tables = _rows_of([job.state.pages for job in jobs])
+    slots = tables[owner, positions // PAGE_SIZE].astype(np.int64) * PAGE_SIZE + positions % PAGE_SIZE
+    stored = np.array([job.state.computed for job in jobs], np.int32)
+    slots[positions < stored[owner]] = -1
+    batch = TokenBatch(
+        token_ids=np.array(token_ids, np.int32),
+        positions=positions,
+        logical=positions,
+        slots=slots,
+        parents=np.full(len(positions), -1, np.int32),
+        starts=starts,
+        context_lens=first,
+        page_tables=tables,
+        adapter_slots=np.array([job.state.adapter.slot for job in jobs], np.int32),
+        work=np.where(lengths == 1, np.int8(Work.DECODE), np.int8(Work.PREFILL)),
+        logit_rows=_logit_rows(jobs, starts[1:] - 1),
+        page_copies=_NO_COPIES,
+    )
+    return DraftWork(
+        batch,
+        depths=np.array([job.depth for job in jobs], np.int32),
+        widths=np.array([job.width for job in jobs], np.int32),
+        scratch=_scratch_of(jobs),
+    )
+
+
+def _rows_of(lists: Seq[Seq[int]]) -> Int32:
+    """int32 [S, longest], 0 behind the end of a list."""
+    rows = np.zeros((len(lists), max(1, *map(len, lists))), np.int32)
+    for row, found in zip(rows, lists, strict=True):
+        row[: len(found)] = found
+    return rows
+
+
+def _scratch_of(jobs: Seq[Job]) -> Int32:
+    """int32 [S, W, P]."""
+    each = [len(job.scratch) // job.width for job in jobs]
+    scratch = np.zeros((len(jobs), max(job.width for job in jobs), max(each)), np.int32)
+    for pages, job, count in zip(scratch, jobs, each, strict=True):
+        if count:
+            pages[: job.width, :count] = np.array(job.scratch, np.int32).reshape(job.width, count)
+    return scratch
+
+
+def _logit_rows(jobs: Seq[Job], rows: Int32) -> LogitRows:
+    """The sampling state of each target's next token."""
+    params = [job.seq.request.params for job in jobs]
+    edits: dict[int, LogitEdits] = {}
+    for i, job in enumerate(jobs):
+        if job.depth and job.seq.needs_edits:
+            edit = logit_edits(job.seq)
+            if edit is not None:
+                edits[i] = edit
+    return LogitRows(
+        rows=rows,
+        targets=np.full(len(jobs), -1, np.int32),
+        temperatures=np.array([p.temperature for p in params], np.float32),
+        top_k=np.array([max(p.top_k, 0) for p in params], np.int32),
+        top_p=np.array([p.top_p for p in params], np.float32),
+        min_p=np.array([p.min_p for p in params], np.float32),
+        seeds=np.array([(p.seed or 0) & _MASK64 for p in params], np.uint64),
+        sample_index=np.array([job.seq.index for job in jobs], np.uint32),
+        positions=np.array([len(job.seq.tokens) for job in jobs], np.int64),
+        num_logprobs=np.full(len(jobs), -1, np.int32),
+        edits=edits,
+    )

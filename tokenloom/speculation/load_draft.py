@@ -1,0 +1,168 @@
+"""From a directory to a draft model that proposes; what does not fit its target is refused before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from tokenloom.engine.frames import FramePool, PageClass
+from tokenloom.engine.sequence import Sequence
+from tokenloom.errors import ModelError, shorten
+from tokenloom.kernels.backend import Choice
+from tokenloom.kernels.draft_work import MAX_CANDIDATES
+from tokenloom.kernels.native.extension import thread_pool
+from tokenloom.kernels.native.weights import WeightPacker
+from tokenloom.models.formats import Formats, resolve_formats
+from tokenloom.models.loading import ModelDescription, describe_model, load_model
+from tokenloom.models.memory_plan import MemoryPlan
+from tokenloom.models.weight_sources import ProgressListener, WeightFormat, roundings
+from tokenloom.runtime.local import LocalExecutor
+from tokenloom.speculation.draft_batch import DraftAdapter
+from tokenloom.speculation.draft_model import DraftModel, no_adapter, no_frame
+from tokenloom.text.tokenizer import Tokenizer
+
+MAX_ROWS: Final = 512
+"""Committed tokens that a draft computes in one call."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftPlan:
+    """A draft model before its weights are read. `memory` is what it will take: weights, one step, and pages of its
+    own."""
+
+    directory: Path
+    described: ModelDescription
+    formats: Formats
+    isa: str
+    weights: WeightFormat
+    num_threads: int
+    max_rows: int
+    memory: MemoryPlan
+
+
+def check_vocabularies(target: Path, draft: Path) -> None:
+    """Raise `ModelError` unless each token has one id and one spelling in both models. Tokens that only one of them
+    has do no harm: they are never proposed, or never accepted."""
+    if draft == target:
+        return
+    theirs, ours = (Tokenizer.from_dir(directory).vocabulary for directory in (target, draft))
+    spelling = {token_id: token for token, token_id in theirs.items()}
+    for token, token_id in sorted(ours.items(), key=lambda item: item[1]):
+        expected = theirs.get(token, token_id)
+        if expected != token_id or spelling.get(token_id, token) != token:
+            found = f"a draft model {draft} with another vocabulary: token {token_id} is {shorten(token)}"
+            here = shorten(spelling[token_id]) if token_id in spelling else "none"
+            raise ModelError(f"{found}, in the target's {here}", "a draft with the tokenizer of its target")
+
+
+def plan_draft(
+    directory: Path,
+    target: Path,
+    ops: Choice,
+    *,
+    dtype: str = "auto",
+    weights: WeightFormat = "auto",
+    max_context: int = 0,
+    max_rows: int = MAX_ROWS,
+    max_running: int = 128,
+    num_pages: int = 0,
+    num_threads: int = 1,
+) -> DraftPlan:
+    """Check the draft in `directory` against `target`, and say what it will take.
+
+    `max_context` is the target's (0: all that the draft has), `max_running` how many sequences it may be asked for
+    at once, `num_pages` the size of its KV (0: fits it to the machine). Raises `ModelError`, `OutOfMemory`,
+    `InvalidParameter` or `UnsupportedFeature`.
+    """
+    check_vocabularies(target, directory)
+    described = describe_model(directory, weights=weights)
+    if 0 < max_context < described.config.max_context:
+        described = describe_model(directory, weights=weights, max_context=max_context)
+    formats = resolve_formats(described, ops.kernels, dtype=dtype, weights=weights)
+    memory = MemoryPlan.fit(
+        described.config,
+        described.program,
+        max_batch_tokens=max(max_rows, max_running * MAX_CANDIDATES),
+        max_running=max_running,
+        num_pages=num_pages,
+        dtype=formats.dtype,
+        kv_dtype=formats.kv_dtype,
+        weights=weights,
+        kernels=formats.kernels,
+        num_threads=num_threads,
+        stored=described.stored,
+        reading_bytes=described.reading_bytes,
+    )
+    return DraftPlan(
+        directory=directory,
+        described=described,
+        formats=formats,
+        isa=ops.isa,
+        weights=weights,
+        num_threads=num_threads,
+        max_rows=max_rows,
+        memory=memory,
+    )
+
+
+def load_draft(
+    plan: DraftPlan,
+    *,
+    target_vocab_size: int,
+    name: str = "draft",
+    pool: Any = None,
+    adapter_of: Callable[[Sequence], DraftAdapter] = no_adapter,
+    free_frame: Callable[[], bool] = no_frame,
+    prefix_cache: bool = True,
+    progress: ProgressListener | None = None,
+    debug: bool = False,
+) -> DraftModel:
+    """Read the weights, and make the proposer. `pool` are the threads of the native kernels (None: its own). Raises
+    `ModelError`."""
+    formats, program = plan.formats, plan.described.program
+    packer = None
+    if formats.kernels == "native":
+        pool = pool or thread_pool(plan.num_threads)
+        packer = WeightPacker(program, formats.dtype, pool, roundings(program, plan.weights))
+    config = plan.described.config
+    model = load_model(
+        plan.directory,
+        dtype=formats.dtype,
+        weights=plan.weights,
+        max_context=config.max_context,
+        progress=progress,
+        packer=packer,
+    )
+    memory = plan.memory
+    executor = LocalExecutor(
+        model.program,
+        model.weights,
+        model.rope,
+        num_frames=memory.num_frames,
+        frame_bytes=memory.frame_bytes,
+        pages_per_frame=memory.pages_per_frame,
+        dtype=model.dtype,
+        kv_dtype=formats.kv_dtype,
+        num_threads=plan.num_threads,
+        kernels=formats.kernels,
+        isa=plan.isa,
+        pool=pool,
+    )
+    model.weights.clear()
+    pages = PageClass("draft_kv", FramePool(memory.num_frames), memory.pages_per_frame, memory.num_pages)
+    return DraftModel(
+        executor,
+        pages,
+        name=name,
+        identity=(model.identity, executor.numerics_id),
+        vocab_size=config.vocab_size,
+        target_vocab_size=target_vocab_size,
+        max_context=min(config.max_context, memory.num_tokens),
+        max_rows=plan.max_rows,
+        adapter_of=adapter_of,
+        free_frame=free_frame,
+        prefix_cache=prefix_cache,
+        debug=debug,
+    )
