@@ -39,9 +39,11 @@ _ROUNDS = 10
 
 
 class Purpose(enum.IntEnum):
-    """What a draw is for; part of the counter."""
+    """What a draw is for; part of the counter. The token id of `ACCEPT` and `DRAFT` is the number of the word."""
 
     TOKEN = 0
+    ACCEPT = 1
+    DRAFT = 2
 
 
 def philox(counter: tuple[UInt64, UInt64, UInt64, UInt64], key: tuple[UInt64, UInt64]) -> tuple[UInt64, ...]:
