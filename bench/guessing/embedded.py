@@ -10,9 +10,9 @@ import random
 import statistics
 from typing import Any
 
-from guessing.engines import Served, engine_parts, serve, speculate
 from rounds import Case, Figures, Referee
 
+from guessing.engines import Served, engine_parts, options_of, serve, speculate
 from tokenloom import SamplingParams
 from tokenloom.embedded import ADAPTERS
 from tokenloom.engine.engine import Engine
@@ -32,7 +32,7 @@ def stories(parts: EngineParts, count: int, num_output: int) -> list[Request]:
     for number in range(count):
         one, two = rng.sample(NOUNS, 2)
         messages = [{"role": "user", "content": f"Tell me a story about a {one} and a {two}."}]
-        prompt = parts.tokenizer.encode(parts.tokenizer.render(messages), add_special_tokens=False)
+        prompt = parts.tokenizer.encode(parts.tokenizer.render_chat(messages), add_special_tokens=False)
         params = SamplingParams(
             temperature=0.8 * (number % 2), top_p=0.95, seed=number, max_tokens=num_output
         )
@@ -88,6 +88,24 @@ def measure_story(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def copies(parts: EngineParts, count: int, adapter: str) -> list[Request]:
+    """Requests to repeat a text, greedily: sentences drawn from what the model knows."""
+    rng = random.Random(5)
+    found = []
+    for number in range(count):
+        names = rng.sample(NOUNS, 6)
+        text = " ".join(
+            f"The {one} saw a {two} by the tree." for one, two in zip(names, names[1:], strict=False)
+        )
+        messages = [{"role": "user", "content": f"Repeat: {text}"}]
+        prompt = parts.tokenizer.encode(parts.tokenizer.render_chat(messages), add_special_tokens=False)
+        params = SamplingParams(temperature=0.0, seed=number, max_tokens=120)
+        found.append(
+            Request(request_id=f"c{number}", prompt_token_ids=prompt, params=params, adapter=adapter)
+        )
+    return found
+
+
 def _fixed(engine: Engine, proposers: list[Proposer], width: int, nodes: int) -> Any:
     return speculate(engine, proposers, pace="fixed", max_depth=DEPTH, max_nodes=nodes, width=width)
 
@@ -111,7 +129,7 @@ def measure_copy(spec: dict[str, Any]) -> dict[str, Any]:
     count = 4 if spec["quick"] else 16
     with engine_parts(spec, speculate=("ngram",), prefix_cache=False) as parts:
         engine = parts.engine
-        library = open_library(parts_config(spec))
+        library = open_library(options_of(spec))
         prepared, _ = library.prepare(ADAPTERS["repeat"])
         offer_adapter(engine, parts.adapters, prepared.content_id, prepared.image)
         requests = copies(parts, count, prepared.content_id)

@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 from tokenloom import SamplingParams
-from tokenloom.config import make_config
+from tokenloom.config import Config, make_config
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.plan import StepRecord
 from tokenloom.engine.proposer import Proposer
@@ -66,12 +66,17 @@ class Served(NamedTuple):
         return statistics.median(found) if found else float("nan")
 
 
+def options_of(spec: dict[str, Any], **options: Any) -> Config:
+    """The configuration of an engine under test."""
+    chosen = {"threads": spec["threads"], "max_running": 64, "max_batch_tokens": 512}
+    return make_config(chosen | options, env={})
+
+
 @contextmanager
 def engine_parts(spec: dict[str, Any], **options: Any) -> Iterator[EngineParts]:
     """The engine under test."""
     set_blas_threads(spec["threads"])
-    chosen = {"threads": spec["threads"], "max_running": 64, "max_batch_tokens": 512}
-    parts = build_engine(make_config(chosen | options, env={}), SilentLoad())
+    parts = build_engine(options_of(spec, **options), SilentLoad())
     try:
         yield parts
     finally:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from guessing.engines import engine_parts, serve
-
 from tokenloom import SamplingParams
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.request import Request, SequenceDelta

@@ -11,9 +11,9 @@ import statistics
 import zlib
 from typing import Any
 
-from guessing.engines import Served, engine_parts, greedy, serve, speculate
 from rounds import Figures, Referee
 
+from guessing.engines import Served, engine_parts, greedy, serve, speculate
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.request import Request
 from tokenloom.speculation.replay import ReplayProposer

@@ -10,8 +10,13 @@ from tokenloom.config import Config
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.proposer import Proposer
 from tokenloom.engine.speculator import SpeculationLimits, Speculator
-from tokenloom.errors import UnsupportedFeature
+from tokenloom.errors import InvalidParameter
+from tokenloom.kernels.backend import Choice
+from tokenloom.serving.model_directory import model_directory
+from tokenloom.serving.threads import num_threads
 from tokenloom.speculation.corpus import read_corpus
+from tokenloom.speculation.draft_model import DraftModel
+from tokenloom.speculation.load_draft import load_draft, plan_draft
 from tokenloom.speculation.ngram import NgramProposer
 from tokenloom.text.tokenizer import Tokenizer
 
@@ -20,7 +25,7 @@ log = logging.getLogger(__name__)
 MAX_CORPUS_TOKENS: Final = 4 << 20
 
 
-def add_speculation(config: Config, engine: Engine, tokenizer: Tokenizer) -> None:
+def add_speculation(config: Config, engine: Engine, tokenizer: Tokenizer, ops: Choice) -> None:
     """Give `engine` the proposers that `config` names. Raises `InvalidParameter`, `ModelError` or
     `UnsupportedFeature`."""
     options = config.speculation
@@ -29,7 +34,7 @@ def add_speculation(config: Config, engine: Engine, tokenizer: Tokenizer) -> Non
         if name == "ngram":
             proposers.append(_ngram(config, engine, tokenizer))
         else:
-            raise UnsupportedFeature(f"speculate {name}", "there is ngram")
+            proposers.append(_draft(config, engine, ops))
     limits = SpeculationLimits(
         max_depth=options.max_draft_depth,
         max_nodes=options.max_draft_tokens,
@@ -39,6 +44,33 @@ def add_speculation(config: Config, engine: Engine, tokenizer: Tokenizer) -> Non
     )
     if proposers:
         engine.speculate(Speculator(proposers, limits, engine.clock))
+
+
+def _draft(config: Config, engine: Engine, ops: Choice) -> DraftModel:
+    options = config.speculation
+    target = model_directory(config.model.model, config.model.revision)
+    if options.draft_model:
+        directory = model_directory(options.draft_model)
+    elif not config.model.model:
+        directory = Path(__file__).parent.parent / "embedded" / "draft"
+    else:
+        raise InvalidParameter("draft_model", "", "the directory of a draft of the model")
+    plan = plan_draft(
+        directory,
+        target,
+        ops,
+        dtype=config.model.dtype,
+        max_context=engine.max_context,
+        max_running=engine.max_running,
+        num_pages=engine.limits.num_pages,
+        num_threads=num_threads(config.runtime.threads),
+    )
+    return load_draft(
+        plan,
+        target_vocab_size=engine.limits.vocab_size,
+        prefix_cache=config.cache.prefix_cache,
+        debug=config.runtime.debug,
+    )
 
 
 def _ngram(config: Config, engine: Engine, tokenizer: Tokenizer) -> NgramProposer:
