@@ -6,6 +6,7 @@ draft's share of the time, say more about other models than the speed-up does.
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 from typing import Any
@@ -94,9 +95,7 @@ def copies(parts: EngineParts, count: int, adapter: str) -> list[Request]:
     found = []
     for number in range(count):
         names = rng.sample(NOUNS, 6)
-        text = " ".join(
-            f"The {one} saw a {two} by the tree." for one, two in zip(names, names[1:], strict=False)
-        )
+        text = " ".join(f"The {one} saw a {two} by the tree." for one, two in itertools.pairwise(names))
         messages = [{"role": "user", "content": f"Repeat: {text}"}]
         prompt = parts.tokenizer.encode(parts.tokenizer.render_chat(messages), add_special_tokens=False)
         params = SamplingParams(temperature=0.0, seed=number, max_tokens=120)

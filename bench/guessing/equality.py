@@ -93,7 +93,7 @@ def cancels(engine: Engine, step: int) -> None:
 def measure_equal(spec: dict[str, Any]) -> dict[str, Any]:
     """Whether tokens and logprobs are `==` in every setting; how much was guessed right."""
     count = 18 if spec["quick"] else NUM_PROMPTS
-    plain = {"max_running": 1, "prefix_cache": False, "max_batch_tokens": 512}
+    plain = {"max_running": 2, "prefix_cache": False, "max_batch_tokens": 512}
     with engine_parts(spec, **plain) as parts:
         requests = requests_of(parts, spec["prompts"], count)
         expected = outputs_of(serve(parts.engine, requests).deltas)
