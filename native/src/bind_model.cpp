@@ -1,37 +1,28 @@
-// Python's view of the thread pool, packed weights and the model.
+// Python's view of the thread pool and the model.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
-#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
-#include "model.hpp"
-#include "refuse.hpp"
-
-namespace nb = nanobind;
+#include "bind_batch.hpp"
 
 namespace tokenloom {
 
 namespace {
 
-template <class T>
-using Array = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
-template <class T>
-using Out = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
 using Anything = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 
-template <class Arr>
-auto* of_length(const char* name, const Arr& array, int64_t length) {
-    if (array.ndim() != 1 || static_cast<int64_t>(array.shape(0)) != length)
-        refuse(std::string(name) + " must have " + std::to_string(length) + " entries");
-    return array.data();
-}
+struct Results {
+    Out<int32_t> tokens;
+    Out<float> logprobs;
+    Out<int32_t> ranks;
+    Out<int32_t> top_ids;      // one after the other, num_logprobs of each entry
+    Out<float> top_logprobs;
+};
 
 Vector vector_of(const Array<float>& values) {
     if (values.ndim() != 1) refuse("a vector of weights must have one dimension");
@@ -60,153 +51,38 @@ KVFormat kv_format(const std::string& name) {
     refuse("KV dtype " + name + "; there are float32, bfloat16 and int8");
 }
 
-// The arrays of a batch, kept alive while the step runs.
-struct BatchArrays {
-    Array<int32_t> token_ids, positions, logical;
-    Array<int64_t> slots;
-    Array<int32_t> parents, starts, page_tables, adapter_slots, page_copies;
-};
-
-struct EntryArrays {
-    Array<int32_t> rows, targets;
-    Array<float> temperatures;
-    Array<int32_t> top_k;
-    Array<float> top_p, min_p;
-    Array<uint64_t> seeds;
-    Array<uint32_t> sample_index;
-    Array<int64_t> positions;
-    Array<int32_t> num_logprobs;
-};
-
-// (entry, allowed ids, seen ids, output counts, repetition, frequency, presence, bias ids, bias)
-using Edit = std::tuple<int64_t, std::optional<Array<int32_t>>, std::optional<Array<int32_t>>,
-                        std::optional<Array<int32_t>>, float, float, float, std::optional<Array<int32_t>>,
-                        std::optional<Array<float>>>;
-
-struct Results {
-    Out<int32_t> tokens;
-    Out<float> logprobs;
-    Out<int32_t> ranks;
-    Out<int32_t> top_ids;      // one after the other, num_logprobs of each entry
-    Out<float> top_logprobs;
-};
-
-// An array of another type or order is refused: a converted copy would lose what is written to it, and floats
-// would become indices.
-auto exactly(const char* name) { return nb::arg(name).noconvert(); }
-
-Batch view(const BatchArrays& a) {
-    Batch b{};
-    if (a.token_ids.ndim() != 1 || a.starts.ndim() != 1 || a.starts.shape(0) < 2 || a.page_tables.ndim() != 2)
-        refuse("token_ids and starts must have one dimension, page_tables two");
-    b.rows = static_cast<int64_t>(a.token_ids.shape(0));
-    b.segments = static_cast<int64_t>(a.starts.shape(0)) - 1;
-    b.token_ids = a.token_ids.data();
-    b.positions = of_length("positions", a.positions, b.rows);
-    b.logical = of_length("logical", a.logical, b.rows);
-    b.slots = of_length("slots", a.slots, b.rows);
-    b.parents = of_length("parents", a.parents, b.rows);
-    b.starts = a.starts.data();
-    b.page_tables = a.page_tables.data();
-    b.table_width = static_cast<int64_t>(a.page_tables.shape(1));
-    if (static_cast<int64_t>(a.page_tables.shape(0)) != b.segments) refuse("page_tables must have a row per segment");
-    b.adapter_slots = of_length("adapter_slots", a.adapter_slots, b.segments);
-    return b;
-}
-
-void check_ids(const char* name, const int32_t* ids, int64_t count, int64_t vocab) {
-    for (int64_t i = 0; i < count; ++i)
-        if (ids[i] < 0 || ids[i] >= vocab)
-            refuse(std::string(name) + " has the value " + std::to_string(ids[i]) + ", outside [0, " +
-                   std::to_string(vocab) + ")");
-}
-
-EditsView view(const Edit& edit, int64_t vocab) {
-    const auto& [entry, allowed, seen, counts, repetition, frequency, presence, bias_ids, bias] = edit;
-    EditsView v{};
-    v.num_allowed = -1;
-    if (allowed) {
-        v.allowed = allowed->data();
-        v.num_allowed = static_cast<int64_t>(allowed->size());
-        check_ids("allowed_ids", v.allowed, v.num_allowed, vocab);
-    }
-    if (seen) {
-        v.seen = seen->data();
-        v.num_seen = static_cast<int64_t>(seen->size());
-        check_ids("seen_ids", v.seen, v.num_seen, vocab);
-        if (counts) v.counts = of_length("output_counts", *counts, v.num_seen);
-    }
-    v.repetition = repetition;
-    v.frequency = frequency;
-    v.presence = presence;
-    if (bias_ids && bias) {
-        v.bias_ids = bias_ids->data();
-        v.num_bias = static_cast<int64_t>(bias_ids->size());
-        check_ids("bias_ids", v.bias_ids, v.num_bias, vocab);
-        v.bias = of_length("bias", *bias, v.num_bias);
-    }
-    return v;
-}
-
-void fill(Entries& entries, const EntryArrays& a, const std::vector<Edit>& edits, Results& out, int64_t vocab) {
-    if (a.rows.ndim() != 1) refuse("logit_rows.rows must have one dimension");
-    int64_t count = static_cast<int64_t>(a.rows.shape(0));
-    entries.count = count;
-    entries.rows = a.rows.data();
-    const int32_t* targets = of_length("targets", a.targets, count);
-    const float* temperatures = of_length("temperatures", a.temperatures, count);
-    const int32_t* top_k = of_length("top_k", a.top_k, count);
-    const float* top_p = of_length("top_p", a.top_p, count);
-    const float* min_p = of_length("min_p", a.min_p, count);
-    const uint64_t* seeds = of_length("seeds", a.seeds, count);
-    const uint32_t* samples = of_length("sample_index", a.sample_index, count);
-    const int64_t* positions = of_length("logit_rows.positions", a.positions, count);
-    const int32_t* wanted = of_length("num_logprobs", a.num_logprobs, count);
-    of_length("tokens", out.tokens, count);
-    of_length("logprobs", out.logprobs, count);
-    of_length("ranks", out.ranks, count);
+void fill_results(Entries& entries, const Results& out) {
+    of_length("tokens", out.tokens, entries.count);
+    of_length("logprobs", out.logprobs, entries.count);
+    of_length("ranks", out.ranks, entries.count);
     int64_t room = static_cast<int64_t>(out.top_ids.size()), used = 0;
     of_length("top_logprobs", out.top_logprobs, room);
-    entries.samples.resize(static_cast<size_t>(count));
-    entries.results.resize(static_cast<size_t>(count));
-    entries.edits.clear();
-    entries.edits.reserve(edits.size());
-    for (int64_t i = 0; i < count; ++i) {
-        if (targets[i] < -1 || targets[i] >= vocab) refuse("logit_rows.targets lies outside the vocabulary");
-        if (wanted[i] < -1 || wanted[i] > vocab) refuse("logit_rows.num_logprobs lies outside the vocabulary");
-        int64_t tops = std::max(wanted[i], 0);
+    entries.results.resize(static_cast<size_t>(entries.count));
+    for (int64_t i = 0; i < entries.count; ++i) {
+        int64_t tops = std::max(entries.samples[static_cast<size_t>(i)].num_logprobs, 0);
         if (used + tops > room) refuse("top_ids is too short for num_logprobs");
-        entries.samples[static_cast<size_t>(i)] = SampleEntry{targets[i], temperatures[i], top_k[i], top_p[i], min_p[i],
-                                                              seeds[i], samples[i], positions[i], wanted[i], nullptr};
         SampleResult& result = entries.results[static_cast<size_t>(i)];
         result = SampleResult{};
         result.top_ids = out.top_ids.data() + used;
         result.top_logprobs = out.top_logprobs.data() + used;
         used += tops;
     }
-    for (const Edit& edit : edits) {
-        int64_t entry = std::get<0>(edit);
-        if (entry < 0 || entry >= count) refuse("edits name an entry that does not exist");
-        entries.edits.push_back(view(edit, vocab));
-        entries.samples[static_cast<size_t>(entry)].edits = &entries.edits.back();
-    }
 }
 
 void step(Model& model, const BatchArrays& arrays, const EntryArrays& entry_arrays, const std::vector<Edit>& edits,
           Results results, const Array<int32_t>& hidden_rows, Out<float> hidden) {
     Batch batch = view(arrays);
-    if (arrays.page_copies.ndim() != 2 || (arrays.page_copies.shape(0) && arrays.page_copies.shape(1) != 2))
-        refuse("page_copies must be [C, 2]");
+    const int64_t copies = num_copies(arrays);
     if (hidden_rows.ndim() != 1 || hidden.ndim() != 2 || hidden.shape(0) != hidden_rows.shape(0) ||
         static_cast<int64_t>(hidden.shape(1)) != model.hidden_width())
         refuse("hidden must be [hidden_rows, width of what the head reads]");
     const HiddenRows wanted{static_cast<int64_t>(hidden_rows.shape(0)), hidden_rows.data(), hidden.data()};
     Entries entries;
-    fill(entries, entry_arrays, edits, results, model.vocab());
+    fill_samples(entries, entry_arrays, edits, model.vocab());
+    fill_results(entries, results);
     {
         nb::gil_scoped_release release;
-        model.step(batch, arrays.page_copies.data(), static_cast<int64_t>(arrays.page_copies.shape(0)), entries,
-                   wanted);
+        model.step(batch, arrays.page_copies.data(), copies, entries, wanted);
     }
     for (int64_t i = 0; i < entries.count; ++i) {
         const SampleResult& result = entries.results[static_cast<size_t>(i)];
@@ -281,18 +157,6 @@ void bind_model(nb::module_& m) {
     nb::class_<ThreadPool>(m, "ThreadPool")
         .def(nb::init<int>(), nb::arg("threads"))
         .def_prop_ro("size", &ThreadPool::size);
-    nb::class_<BatchArrays>(m, "BatchArrays")
-        .def(nb::init<Array<int32_t>, Array<int32_t>, Array<int32_t>, Array<int64_t>, Array<int32_t>, Array<int32_t>,
-                      Array<int32_t>, Array<int32_t>, Array<int32_t>>(),
-             exactly("token_ids"), exactly("positions"), exactly("logical"), exactly("slots"), exactly("parents"),
-             exactly("starts"), exactly("page_tables"), exactly("adapter_slots"),
-             exactly("page_copies"));
-    nb::class_<EntryArrays>(m, "EntryArrays")
-        .def(nb::init<Array<int32_t>, Array<int32_t>, Array<float>, Array<int32_t>, Array<float>, Array<float>,
-                      Array<uint64_t>, Array<uint32_t>, Array<int64_t>, Array<int32_t>>(),
-             exactly("rows"), exactly("targets"), exactly("temperatures"), exactly("top_k"), exactly("top_p"),
-             exactly("min_p"), exactly("seeds"), exactly("sample_index"), exactly("positions"),
-             exactly("num_logprobs"));
     nb::class_<Results>(m, "Results")
         .def(nb::init<Out<int32_t>, Out<float>, Out<int32_t>, Out<int32_t>, Out<float>>(), exactly("tokens"),
              exactly("logprobs"), exactly("ranks"), exactly("top_ids"), exactly("top_logprobs"));

@@ -622,7 +622,12 @@ void Model::sample_rows(int64_t begin, int64_t end, int64_t tile, int thread) {
         size_t row = static_cast<size_t>(tile + i);
         for (int64_t j = row_starts_[row]; j < row_starts_[row + 1]; ++j) {
             size_t entry = static_cast<size_t>(entry_order_[static_cast<size_t>(j)]);
-            sample_row(sampling_, logits, vocab(), entries_->samples[entry], scratch, entries_->results[entry]);
+            if (entries_->candidates)
+                entries_->num_candidates[entry] = static_cast<int32_t>(
+                    find_candidates(sampling_, logits, vocab(), entries_->samples[entry], scratch,
+                                    entries_->candidates + entry * kMaxCandidates));
+            else
+                sample_row(sampling_, logits, vocab(), entries_->samples[entry], scratch, entries_->results[entry]);
         }
     }
 }

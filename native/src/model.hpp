@@ -115,6 +115,9 @@ struct Entries {
     std::vector<SampleEntry> samples;
     std::vector<EditsView> edits;
     std::vector<SampleResult> results;
+    // Where not null, the candidates of each entry are wanted instead, kMaxCandidates apart, and how many there are.
+    Candidate* candidates = nullptr;
+    int32_t* num_candidates = nullptr;
 };
 
 // Rows of a step (distinct, rising) of which what the head reads is wanted, and not the logits.
@@ -183,6 +186,7 @@ class Model {
     void logits(const int32_t* rows, int64_t count, float* out);
 
     int64_t vocab() const { return head_.weight ? head_.weight->matrix.n : 0; }
+    int64_t max_positions() const { return max_positions_; }
     int64_t hidden_width() const { return head_.weight ? head_.weight->matrix.k : 0; }
     int64_t num_ops() const { return static_cast<int64_t>(ops_.size()); }
     void set_profiling(bool on) { profiling_ = on; }

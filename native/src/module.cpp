@@ -14,7 +14,9 @@ void bind_sampler(nb::module_& m);
 void bind_attention(nb::module_& m);
 void bind_linear(nb::module_& m);
 void bind_weight(nb::module_& m);
+void bind_batch(nb::module_& m);
 void bind_model(nb::module_& m);
+void bind_draft(nb::module_& m);
 }  // namespace tokenloom
 
 NB_MODULE(_native, m) {
@@ -27,7 +29,9 @@ NB_MODULE(_native, m) {
     tokenloom::bind_sampler(m);
     tokenloom::bind_linear(m);
     tokenloom::bind_weight(m);
+    tokenloom::bind_batch(m);
     tokenloom::bind_model(m);
+    tokenloom::bind_draft(m);
     tokenloom::bind_simd(m);
     tokenloom::bind_limits(m);
 }

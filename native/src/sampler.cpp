@@ -14,6 +14,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int32_t kAnyId = std::numeric_limits<int32_t>::max();
+constexpr float kAnyScore = -FLT_MAX;  // of all tokens that are not excluded
 
 // A token with a lower score cannot win: its noise is below kMaxGumbel, that of the best token above kMinGumbel.
 // Its mass is 0, too, so it may be excluded before top_k and top_p, which keep a prefix of the order.
@@ -79,9 +80,10 @@ void first_thresholds(const Scores& scores, float* thresholds) {
 bool cut(const Scores& scores, const Shell& shell, float* thresholds) {
     float high = std::min(shell.high, scores.top);
     if (!(std::nextafter(shell.low, kInfinity) < high)) return false;
-    float step = std::isinf(shell.low) ? std::max(1.0f, -high) : (high - shell.low) / kThresholds;
+    const bool is_open = shell.low <= kAnyScore;
+    float step = is_open ? std::max(1.0f, -high) : (high - shell.low) / kThresholds;
     for (int i = 0; i < kThresholds - 1; ++i) {
-        float distance = std::isinf(shell.low) ? step * static_cast<float>(1 << i) : step * static_cast<float>(i + 1);
+        float distance = is_open ? step * static_cast<float>(1 << i) : step * static_cast<float>(i + 1);
         thresholds[i] = std::max(high - distance, shell.low);
     }
     thresholds[kThresholds - 1] = shell.low;
@@ -242,18 +244,18 @@ LastToken truncate(const Scores& scores, const SampleEntry& entry, uint64_t* key
     return has_nucleus ? nucleus_end(scores, entry.top_p, keys) : LastToken{scores.lowest, kAnyId};
 }
 
-// The lowest score that min_p keeps, not below kLowestScore. The best token stays whatever min_p is.
-float lowest_score(float min_p) {
-    if (!(min_p > 0)) return kLowestScore;
+// The lowest score that min_p keeps, not below `least`. The best token stays whatever min_p is.
+float lowest_score(float min_p, float least) {
+    if (!(min_p > 0)) return least;
     double bound = fdlibm_log(static_cast<double>(min_p));
     float lowest = static_cast<float>(bound);
     if (static_cast<double>(lowest) < bound) lowest = std::nextafter(lowest, kInfinity);
-    return std::min(std::max(lowest, kLowestScore), 0.0f);
+    return std::min(std::max(lowest, least), 0.0f);
 }
 
 int32_t draw_token(const SamplingKernels& kernels, const float* row, int64_t vocab, int64_t best,
                    const SampleEntry& entry, SamplerScratch& scratch) {
-    Scores scores{kernels, scratch.scores(), vocab, 0, lowest_score(entry.min_p)};
+    Scores scores{kernels, scratch.scores(), vocab, 0, lowest_score(entry.min_p, kLowestScore)};
     kernels.scores(row, vocab, row[best], entry.temperature, scores.lowest, scratch.scores());
     LastToken last = truncate(scores, entry, scratch.keys());
     // Where only ties of the best score are left, the best logit may be past the last of them.
@@ -262,13 +264,15 @@ int32_t draw_token(const SamplingKernels& kernels, const float* row, int64_t voc
     return static_cast<int32_t>(kernels.draw(scratch.scores(), vocab, last, best, key));
 }
 
+const float* edited(const float* logits, int64_t vocab, const SampleEntry& entry, SamplerScratch& scratch) {
+    if (!entry.edits) return logits;
+    apply_edits(logits, vocab, *entry.edits, scratch.edited());
+    return scratch.edited();
+}
+
 int32_t choose(const SamplingKernels& kernels, const float* logits, int64_t vocab, const SampleEntry& entry,
                SamplerScratch& scratch) {
-    const float* row = logits;
-    if (entry.edits) {
-        apply_edits(logits, vocab, *entry.edits, scratch.edited());
-        row = scratch.edited();
-    }
+    const float* row = edited(logits, vocab, entry, scratch);
     int64_t best = kernels.argmax(row, vocab);
     if (!(row[best] > -kInfinity)) return lowest_allowed(entry.edits);
     if (!(entry.temperature > 0)) return static_cast<int32_t>(best);
@@ -332,6 +336,21 @@ void sample_row(const SamplingKernels& kernels, const float* logits, int64_t voc
     if (is_target || entry.num_logprobs >= 0) {
         score_token(kernels, logits, vocab, entry.num_logprobs, scratch, result);
     }
+}
+
+int64_t find_candidates(const SamplingKernels& kernels, const float* logits, int64_t vocab, const SampleEntry& entry,
+                        SamplerScratch& scratch, Candidate* out) {
+    scratch.reserve(vocab);
+    const float* row = edited(logits, vocab, entry, scratch);
+    if (!(entry.temperature > 0)) return kernels.best(row, vocab, LastToken{kAnyScore, kAnyId}, nullptr, out);
+    const int64_t best = kernels.argmax(row, vocab);
+    if (!(row[best] > -kInfinity)) return 0;
+    // Tokens far behind the best one cannot be drawn, but may well be the eighth.
+    Scores scores{kernels, scratch.scores(), vocab, 0, lowest_score(entry.min_p, kAnyScore)};
+    kernels.scores(row, vocab, row[best], entry.temperature, scores.lowest, scratch.scores());
+    const LastToken last = truncate(scores, entry, scratch.keys());
+    const NoiseKey key = noise_key(entry.seed, entry.sample_index, entry.position, Purpose::token);
+    return kernels.best(scratch.scores(), vocab, last, &key, out);
 }
 
 }  // namespace tokenloom

@@ -13,6 +13,7 @@ namespace tokenloom {
 constexpr int64_t kMaxVocabulary = (int64_t{1} << 19) - 16;
 constexpr int kThresholds = 8;
 constexpr double kMassOne = 0x1p34;
+constexpr int kMaxCandidates = 8;  // draft_work.MAX_CANDIDATES
 
 // How many scores reach each of falling thresholds, and how much mass they have together.
 struct Split {
@@ -23,6 +24,12 @@ struct Split {
 struct LastToken {
     float score;
     int32_t id;
+};
+
+// A token that a draft may go on with.
+struct Candidate {
+    double score;
+    int32_t token;
 };
 
 struct LogSum {
@@ -52,6 +59,9 @@ struct SamplingKernels {
     void (*masses)(const uint64_t* keys, int64_t n, int64_t* out);
     // argmax of score + noise over tokens up to `last`; `start` is one of them, with a score of 0.
     int64_t (*draw)(const float* scores, int64_t n, LastToken last, int64_t start, const NoiseKey& key);
+    // The best of score + noise (without noise where `key` is null) over tokens up to `last`, by (-score, id), at most
+    // kMaxCandidates; returns how many. With noise, scores are at most 0.
+    int64_t (*best)(const float* scores, int64_t n, LastToken last, const NoiseKey* key, Candidate* out);
 };
 
 const SamplingKernels& sampling_kernels_for(Isa isa);
@@ -111,5 +121,10 @@ void finish_logits(const SamplingKernels& kernels, float* logits, int64_t vocab,
 // One entry over a finished row of logits, which it leaves as it is. Needs 1 <= vocab <= kMaxVocabulary.
 void sample_row(const SamplingKernels& kernels, const float* logits, int64_t vocab, const SampleEntry& entry,
                 SamplerScratch& scratch, SampleResult& result);
+
+// The tokens that `entry` would most likely draw, given its noise, by falling score; see speculation/draft_loop.py.
+// At most kMaxCandidates; returns how many.
+int64_t find_candidates(const SamplingKernels& kernels, const float* logits, int64_t vocab, const SampleEntry& entry,
+                        SamplerScratch& scratch, Candidate* out);
 
 }  // namespace tokenloom

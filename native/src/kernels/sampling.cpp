@@ -319,9 +319,59 @@ static int64_t draw(const float* scores, int64_t n, LastToken last, int64_t star
     return leader.token;
 }
 
+static int64_t best(const float* scores, int64_t n, LastToken last, const NoiseKey* key, Candidate* out) {
+    constexpr int kGroup = 4 * kLanes;
+    constexpr double kFar = -60;  // below it `may_win` would leave the range of its integers
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i += kGroup) {
+        float tail[kGroup];
+        const float* group = scores + i;
+        if (n - i < kGroup) {
+            for (int j = 0; j < kGroup; ++j) tail[j] = i + j < n ? scores[i + j] : -kInfinity;
+            group = tail;
+        }
+        const bool is_full = count == kMaxCandidates;
+        const double weakest = is_full ? out[count - 1].score : -__builtin_inf();
+        // What no noise lifts to the weakest one is left aside; the slack covers the rounding to fp32.
+        const double reach = key ? weakest - kMaxGumbel - 0.1 + 1e-6 * weakest : weakest;
+        const float low = static_cast<float>(reach);
+        const F bound = set(low > last.score ? low : last.score);
+        uint64_t found = 0;
+        for (int j = 0; j < 4; ++j)
+            found |= static_cast<uint64_t>(bits(ge(load(group + j * kLanes), bound))) << (j * kLanes);
+        if (!found) continue;
+        uint32_t noise[kGroup];
+        if (key) {
+            I words[4];
+            noise64(*key, static_cast<uint32_t>(i / 4), words);
+            if (is_full && weakest > kFar) {
+                Leader leader;
+                lead(leader, weakest, 0);
+                for (int j = 0; j < 4; ++j) {
+                    const uint64_t may = bits(may_win(load(group + j * kLanes), words[j], set(leader.offset)));
+                    found &= ~(uint64_t{0xffff} << (j * kLanes)) | may << (j * kLanes);
+                }
+            }
+            for (int j = 0; j < 4; ++j) istore(noise + j * kLanes, words[j]);
+        }
+        for (; found; found &= found - 1) {
+            const int place = __builtin_ctzll(found);
+            const float score = group[place];
+            if (score < last.score || (score == last.score && i + place > last.id)) continue;
+            const double value = static_cast<double>(score) + (key ? gumbel(noise[place]) : 0.0);
+            if (count == kMaxCandidates && !(value > out[count - 1].score)) continue;
+            // Equal ones stay in the order of their ids, in which they come.
+            int64_t at = count < kMaxCandidates ? count++ : kMaxCandidates - 1;
+            for (; at > 0 && out[at - 1].score < value; --at) out[at] = out[at - 1];
+            out[at] = Candidate{value, static_cast<int32_t>(i + place)};
+        }
+    }
+    return count;
+}
+
 extern const SamplingKernels sampling_kernels;
 const SamplingKernels sampling_kernels = {&finish, &argmax, &scores, &log_softmax, &log_sum_exp, &total_mass,
-                                          &split, &collect, &count_before, &masses, &draw};
+                                          &split, &collect, &count_before, &masses, &draw, &best};
 
 }  // namespace TL_ISA
 }  // namespace tokenloom

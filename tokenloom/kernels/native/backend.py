@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenloom.engine.batch import LogitEdits, LogitRows, StepResult, TokenBatch, TopLogprobs, Work
+from tokenloom.engine.proposer import Proposal
 from tokenloom.errors import UnsupportedFeature
 from tokenloom.kernels.adapter_image import AdapterImage, product_numbers
+from tokenloom.kernels.draft_work import DraftWork
 from tokenloom.kernels.failure import StepFailed
 from tokenloom.kernels.native import extension
 from tokenloom.kernels.native.weights import PackedTable, WeightPacker
@@ -86,6 +88,7 @@ class NativeBackend:
         """(format, bytes) of each packed weight."""
         self._weights = weights
         self._model: Any = native.Model(self._pool, isa, dtype)
+        self._draft_loop = native.DraftLoop()
         if frames_of is not None and frames_of._model is None:
             raise ValueError("the executor whose frames are to be shared is closed")
         kv = program.kv
@@ -146,6 +149,27 @@ class NativeBackend:
             span = slice(int(ends[i] - wanted[i]), int(ends[i]))
             tops[i] = TopLogprobs(top_ids[span], top_logprobs[span], int(ranks[i]))
         return StepResult(tokens, logprobs, tops, hidden=hidden)
+
+    def draft(self, work: DraftWork) -> list[Proposal]:
+        """See `speculation.draft_loop.draft`: the whole loop without Python. Raises as `run`."""
+        if self._model is None:
+            raise ValueError("the executor is closed")
+        batch, entries = work.batch, work.batch.logit_rows
+        if (batch.work == Work.TRAIN).any():
+            raise UnsupportedFeature("training rows", "the native backend has no backward pass")
+        try:
+            trees = self._draft_loop.run(
+                self._model,
+                _batch_arrays(self._native, batch),
+                _entry_arrays(self._native, entries),
+                [_edit(entry, edit) for entry, edit in entries.edits.items()],
+                work.depths,
+                work.widths,
+                np.ascontiguousarray(work.scratch),
+            )
+        except MemoryError as error:
+            raise StepFailed from error
+        return [Proposal(*tree) for tree in trees]
 
     def logits(self, rows: NDArray[np.int32]) -> Float32:
         """fp32 [n, vocabulary]: logits of rows of the last batch, which asked for some."""
