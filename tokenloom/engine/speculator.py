@@ -71,6 +71,10 @@ class SpeculationStats:
     by_place: dict[tuple[str, str, int], Acceptance] = field(default_factory=dict)
 
 
+_REST = 8
+"""Steps for which a proposer that does not pay is left alone: asking whether it does costs something too."""
+
+
 class _Source:
     """A proposer, whether it pays, and what its proposals cost."""
 
@@ -79,11 +83,22 @@ class _Source:
         self.gate = DraftGate()
         self.level_seconds = 0.0
         self.failed = False
+        self.rested = 0
+        """Steps since it was last found not to pay; 0: it pays, as far as is known."""
+
+    def rests(self) -> bool:
+        """Whether it is left alone in this step."""
+        if 0 < self.rested < _REST:
+            self.rested += 1
+            return True
+        return self.failed
 
     def took(self, levels: int, seconds: float) -> None:
-        """A call for `levels` levels took `seconds`."""
+        """A call for `levels` levels took `seconds`. Calls in which a draft model reads a prompt take much longer:
+        so what is less than usual counts for more."""
         found = seconds / max(levels, 1)
-        self.level_seconds += (0.1 if self.level_seconds else 1.0) * (found - self.level_seconds)
+        weight = 0.5 if found < self.level_seconds else 0.05
+        self.level_seconds += (weight if self.level_seconds else 1.0) * (found - self.level_seconds)
 
 
 class Speculator:
@@ -119,6 +134,10 @@ class Speculator:
             return
         self._keys = sum(run.end for run in plan.runs)
         self._propose_seconds = 0.0
+        awake = [number for number, source in enumerate(self.sources) if not source.rests()]
+        if not awake:
+            self.stats.skipped += 1
+            return
         decoding = [
             run.seq
             for run in plan.runs
@@ -128,7 +147,7 @@ class Speculator:
             self._pace_of(seq).begin(plan.now)
         room = min(self.limits.max_rows, scheduler.budget.max_batch_tokens - plan.num_rows)
         wanted = [seq for seq in decoding if seq.max_length - len(seq.tokens) > 1]
-        trees = self._trees(plan, wanted, room) if wanted and room > 0 else []
+        trees = self._trees(plan, wanted, awake, room) if wanted and room > 0 else []
         if any(len(tree) for tree in trees):
             self._hang(plan, scheduler, wanted, trees, room)
         if plan.trees:
@@ -136,14 +155,17 @@ class Speculator:
         elif decoding:
             self.stats.skipped += 1
 
-    def _trees(self, plan: Plan, wanted: list[Sequence], room: int) -> list[TokenTree]:
-        """What the proposers that pay suggest for each of `wanted`, merged."""
+    def _trees(self, plan: Plan, wanted: list[Sequence], awake: list[int], room: int) -> list[TokenTree]:
+        """What those proposers of `awake` that pay suggest for each of `wanted`, merged; nothing if none does."""
         proposals: list[tuple[int, list[Wanted], Seq[Proposal]]] = []
         began = self._clock.now()
-        for number, source in enumerate(self.sources):
+        for number in awake:
+            source = self.sources[number]
             depth, width = self._shape(number, plan, wanted)
-            if depth == 0 or source.failed:
+            if depth == 0:
+                source.rested = 1
                 continue
+            source.rested = 0
             asked = [
                 Wanted(
                     seq,
@@ -160,6 +182,8 @@ class Speculator:
                 source.failed = True
                 log.exception("the proposer %s failed and is not asked any more", source.proposer.name)
             source.took(depth, self._clock.now() - before)
+        if not proposals:
+            return []
         trees = [
             merge([self._tree(number, suggested[i], asked[i]) for number, asked, suggested in proposals])
             for i in range(len(wanted))
@@ -184,6 +208,7 @@ class Speculator:
             requests=len(wanted),
             other_rows=plan.num_rows - len(wanted),
             level_seconds=source.level_seconds,
+            steps=max(source.rested, 1),
         ), width
 
     def _tree(self, number: int, proposal: Proposal, want: Wanted) -> TokenTree:
@@ -248,7 +273,8 @@ class Speculator:
             return
         if plan.trees:
             self._count(plan, accepted, seconds)
-        self.curve.observe(plan.num_rows, self._keys, seconds)
+        if plan.trees or self.stats.skipped % _REST == 0 or not self.curve.known:
+            self.curve.observe(plan.num_rows, self._keys, seconds)
         for seq, _, end in plan.runs:
             if seq in self._paces and end > seq.num_prompt:
                 self._paces[seq].produced += 1 + len(accepted.get(seq, ()))

@@ -123,7 +123,7 @@ def build_engine(config: Config, listener: LoadListener) -> EngineParts:
         stop_checkers=make_stop_checker(tokenizer),
         adapters=adapters,
     )
-    add_speculation(config, engine, tokenizer, ops)
+    add_speculation(config, engine, tokenizer, ops, pool)
     card = _card(config, model, executor, engine)
     seeds = SeedSource(config.runtime.seed)
     return EngineParts(engine=engine, adapters=adapters, tokenizer=tokenizer, card=card, seeds=seeds)

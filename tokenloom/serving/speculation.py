@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from tokenloom.config import Config
 from tokenloom.engine.engine import Engine
@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 MAX_CORPUS_TOKENS: Final = 4 << 20
 
 
-def add_speculation(config: Config, engine: Engine, tokenizer: Tokenizer, ops: Choice) -> None:
-    """Give `engine` the proposers that `config` names. Raises `InvalidParameter`, `ModelError` or
+def add_speculation(config: Config, engine: Engine, tokenizer: Tokenizer, ops: Choice, pool: Any) -> None:
+    """Give `engine` the proposers that `config` names. `pool` are the threads of the native kernels. Raises `InvalidParameter`, `ModelError` or
     `UnsupportedFeature`."""
     options = config.speculation
     proposers: list[Proposer] = []
@@ -34,7 +34,7 @@ def add_speculation(config: Config, engine: Engine, tokenizer: Tokenizer, ops: C
         if name == "ngram":
             proposers.append(_ngram(config, engine, tokenizer))
         else:
-            proposers.append(_draft(config, engine, ops))
+            proposers.append(_draft(config, engine, ops, pool))
     limits = SpeculationLimits(
         max_depth=options.max_draft_depth,
         max_nodes=options.max_draft_tokens,
@@ -46,7 +46,7 @@ def add_speculation(config: Config, engine: Engine, tokenizer: Tokenizer, ops: C
         engine.speculate(Speculator(proposers, limits, engine.clock))
 
 
-def _draft(config: Config, engine: Engine, ops: Choice) -> DraftModel:
+def _draft(config: Config, engine: Engine, ops: Choice, pool: Any) -> DraftModel:
     options = config.speculation
     target = model_directory(config.model.model, config.model.revision)
     if options.draft_model:
@@ -67,6 +67,7 @@ def _draft(config: Config, engine: Engine, ops: Choice) -> DraftModel:
     )
     return load_draft(
         plan,
+        pool=pool,
         target_vocab_size=engine.limits.vocab_size,
         prefix_cache=config.cache.prefix_cache,
         debug=config.runtime.debug,

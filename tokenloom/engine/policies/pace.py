@@ -196,12 +196,13 @@ class DraftGate:
         requests: int,
         other_rows: int,
         level_seconds: float,
+        steps: int = 1,
     ) -> int:
         """Levels to draft for `requests` sequences in this step, at most len(gains).
 
         `gains` are `expected_gains` (the mean over the requests); each level costs `level_seconds` of drafting and
-        a row of the target per request. The depth with the most expected tokens a second is taken; a curve that
-        knows nothing yet asks for one level, which teaches it.
+        a row of the target per request; `steps` have passed since the last call. The depth with the most expected
+        tokens a second is taken; a curve that knows nothing yet asks for one level, which teaches it.
         """
         if not gains or requests < 1:
             return 0
@@ -214,7 +215,7 @@ class DraftGate:
         if best:
             self._off_seconds = 0.0
             return best
-        self._off_seconds += float(seconds[0])
+        self._off_seconds += steps * float(seconds[0])
         if self._off_seconds * self._probe_share < seconds[1] - seconds[0]:
             return 0
         self._off_seconds = 0.0
