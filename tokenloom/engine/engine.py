@@ -102,6 +102,7 @@ class Engine:
 
     def speculate(self, speculator: Speculator) -> None:
         """Have `speculator` give decoding sequences their trees from now on."""
+        speculator.vocab_size = self.limits.vocab_size
         self.speculator = speculator
         self.scheduler.on_stop = speculator.forget
 

@@ -119,6 +119,8 @@ class Speculator:
         self.curve = LatencyCurve()
         self.chances = AcceptanceTable()
         self.stats = SpeculationStats()
+        self.vocab_size = 0
+        """Of the engine, which sets it."""
         self._levels = AcceptanceTable(ranks=MAX_NODES)
         self._clock = clock or MonotonicClock()
         self._shapes = ShapeRule(max_depth=self.limits.max_depth, max_width=self.limits.width)
@@ -157,7 +159,7 @@ class Speculator:
 
     def _trees(self, plan: Plan, wanted: list[Sequence], awake: list[int], room: int) -> list[TokenTree]:
         """What those proposers of `awake` that pay suggest for each of `wanted`, merged; nothing if none does."""
-        proposals: list[tuple[int, list[Wanted], Seq[Proposal]]] = []
+        parts: list[list[TokenTree]] = [[] for _ in wanted]
         began = self._clock.now()
         for number in awake:
             source = self.sources[number]
@@ -177,20 +179,18 @@ class Speculator:
             ]
             before = self._clock.now()
             try:
-                proposals.append((number, asked, source.proposer.propose(asked)))
+                proposals = source.proposer.propose(asked)
+                trees = [self._tree(number, *pair) for pair in zip(proposals, asked, strict=True)]
             except Exception:
                 source.failed = True
                 log.exception("the proposer %s failed and is not asked any more", source.proposer.name)
+                continue
             source.took(depth, self._clock.now() - before)
-        if not proposals:
-            return []
-        trees = [
-            merge([self._tree(number, suggested[i], asked[i]) for number, asked, suggested in proposals])
-            for i in range(len(wanted))
-        ]
-        trees = [_best(tree, self.limits.max_nodes) for tree in trees]
+            for part, tree in zip(parts, trees, strict=True):
+                part.append(tree)
+        merged = [_best(merge(part), self.limits.max_nodes) for part in parts]
         self._propose_seconds = self._clock.now() - began
-        return trees
+        return merged
 
     def _shape(self, number: int, plan: Plan, wanted: list[Sequence]) -> tuple[int, int]:
         """Levels and children that proposer `number` is asked for; no levels where drafting does not pay."""
@@ -212,7 +212,7 @@ class Speculator:
         ), width
 
     def _tree(self, number: int, proposal: Proposal, want: Wanted) -> TokenTree:
-        """What proposer `number` suggests, without what lies too deep or behind the end of the text."""
+        """What proposer `number` suggests, without what lies too deep, behind the end of the text, or nowhere."""
         tree = TokenTree()
         stops = want.seq.stop_ids
         adapter = want.seq.request.adapter
@@ -221,6 +221,8 @@ class Speculator:
         for node, (token, parent, rank, confidence) in enumerate(columns):
             found = kept.get(parent)
             if found is None or found[1] >= want.max_depth or len(tree) == MAX_NODES:
+                continue
+            if not 0 <= token < self.vocab_size:
                 continue
             if token not in stops:
                 kept[node] = (len(tree), found[1] + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,11 +24,13 @@ from tokenloom.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 MAX_CORPUS_TOKENS: Final = 4 << 20
+_ALONE_BYTES: Final = 4 << 20
+"""Weights of a draft model that one thread computes with."""
 
 
 def add_speculation(config: Config, engine: Engine, tokenizer: Tokenizer, ops: Choice, pool: Any) -> None:
-    """Give `engine` the proposers that `config` names. `pool` are the threads of the native kernels. Raises `InvalidParameter`, `ModelError` or
-    `UnsupportedFeature`."""
+    """Give `engine` the proposers that `config` names. `pool` are the threads of the native kernels. Raises
+    `InvalidParameter`, `ModelError` or `UnsupportedFeature`."""
     options = config.speculation
     proposers: list[Proposer] = []
     for name in options.speculate:
@@ -65,6 +68,9 @@ def _draft(config: Config, engine: Engine, ops: Choice, pool: Any) -> DraftModel
         num_pages=engine.limits.num_pages,
         num_threads=num_threads(config.runtime.threads),
     )
+    if plan.memory.weight_bytes < _ALONE_BYTES:
+        # The model is read in less time than threads take to meet after each op.
+        plan, pool = replace(plan, num_threads=1), None
     return load_draft(
         plan,
         pool=pool,

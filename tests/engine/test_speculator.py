@@ -1,0 +1,254 @@
+"""What hangs below a plan: limits, budgets, proposers that fail, and switching off."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.engine.helpers import request, run, simulated_engine
+from tokenloom.engine.batch import TokenBatch, Work
+from tokenloom.engine.engine import Engine
+from tokenloom.engine.plan import StepRecord
+from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
+from tokenloom.engine.proposer import Proposal, Wanted
+from tokenloom.engine.request import Slo
+from tokenloom.engine.sequence import Sequence
+from tokenloom.engine.speculator import SpeculationLimits, Speculator
+from tokenloom.runtime.simulated import CostModel, SimulatedExecutor
+from tokenloom.speculation.replay import ReplayProposer
+
+CHAIN = (1,) * 5
+
+
+class Told:
+    """Proposes what a function says, and keeps what it was asked."""
+
+    name = "told"
+
+    def __init__(self, tell: Callable[[Wanted], Proposal]) -> None:
+        self.tell = tell
+        self.asked: list[Wanted] = []
+        self.forgotten: list[Sequence] = []
+        self.closed = False
+
+    def propose(self, wanted: Any) -> list[Proposal]:
+        self.asked += wanted
+        return [self.tell(want) for want in wanted]
+
+    def forget(self, seq: Sequence) -> None:
+        self.forgotten.append(seq)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def chain(count: int, token: int = 5) -> Proposal:
+    return Proposal([token] * count, list(range(-1, count - 1)), [0] * count, [0.9] * count)
+
+
+def texts_of(**options: Any) -> dict[tuple[str, int], list[int]]:
+    engine = simulated_engine(**options)
+    for i in range(4):
+        engine.add_request(request(f"r{i}", range(4, 20 + i), seed=i, max_tokens=40, n=1 + i % 2))
+    return run(engine)
+
+
+TEXTS = texts_of(max_running=8)
+
+
+def replayed(rate: float, *, pace: Any = "fixed", shape: tuple[int, ...] = CHAIN, **options: Any) -> Engine:
+    engine = simulated_engine(max_running=8, **options)
+    limits = SpeculationLimits(max_depth=5, max_nodes=20, pace=pace)
+    proposer = ReplayProposer(TEXTS, (rate,), 1000, shape=shape)
+    engine.speculate(Speculator([proposer], limits, engine.clock))
+    for i in range(4):
+        engine.add_request(request(f"r{i}", range(4, 20 + i), seed=i, max_tokens=40, n=1 + i % 2))
+    return engine
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("pace", ["fixed", "adaptive"])
+def test_the_text_is_the_same_whatever_is_proposed(rate: float, pace: str) -> None:
+    assert run(replayed(rate, pace=pace)) == TEXTS
+
+
+def test_full_acceptance_gives_one_token_more_than_was_drafted() -> None:
+    engine = replayed(1.0)
+    deltas = []
+    while engine.has_work:
+        deltas.append([len(delta.token_ids) for delta in engine.step()])
+    lengths = [length for step in deltas for length in step]
+    assert max(lengths) == len(CHAIN) + 1
+    # 40 tokens: one from the prompt, six steps of six, and one of the three that are left.
+    assert sum(map(len, TEXTS.values())) == sum(lengths)
+    assert len(deltas) <= 10
+
+
+def test_nothing_is_drafted_past_the_longest_output() -> None:
+    told = Told(lambda want: chain(want.max_depth))
+    engine = simulated_engine()
+    engine.speculate(Speculator([told], SpeculationLimits(pace="fixed"), engine.clock))
+    engine.add_request(request("r", range(4, 9), max_tokens=4))
+    run(engine)
+    assert told.asked[0].max_depth == 2
+    assert all(want.max_depth >= 1 for want in told.asked)
+
+
+def test_rows_stay_within_the_token_budget_and_prompts_go_on() -> None:
+    rows: list[tuple[int, int]] = []
+
+    def watch(batch: TokenBatch) -> Any:
+        verify = int((batch.work == Work.VERIFY).sum())
+        rows.append((batch.num_rows, verify))
+        return executor._hash(batch)
+
+    told = Told(lambda want: chain(min(want.max_nodes, want.max_depth)))
+    engine = simulated_engine(num_pages=200, budget=ChunkedPrefill(max_batch_tokens=32))
+    executor = engine.executor
+    assert isinstance(executor, SimulatedExecutor)
+    executor.choose = watch
+    engine.speculate(Speculator([told], SpeculationLimits(pace="fixed", max_rows=100), engine.clock))
+    for i in range(12):
+        engine.add_request(request(f"r{i}", range(4, 60), seed=i, max_tokens=20))
+    run(engine)
+    assert max(total for total, _ in rows) <= 32
+    assert any(verify for _, verify in rows)
+
+
+def test_an_end_token_has_nothing_below_it() -> None:
+    told = Told(lambda want: Proposal([7, 8, 9], [-1, 0, 1], [0] * 3, [1.0] * 3))
+    engine = simulated_engine()
+    speculator = Speculator([told], SpeculationLimits(pace="fixed"), engine.clock)
+    engine.speculate(speculator)
+    engine.add_request(request("r", range(4, 9), max_tokens=20, stop_token_ids=(8,)))
+    engine.step()
+    plan_sizes: list[int] = []
+    engine.on_step = lambda record: plan_sizes.append(record.verify_rows)
+    run(engine)
+    assert max(plan_sizes) == 2, plan_sizes
+
+
+def test_a_proposer_that_raises_is_not_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(want: Wanted) -> Proposal:
+        raise RuntimeError("out of ideas")
+
+    told = Told(fail)
+    engine = simulated_engine(max_running=8)
+    good = ReplayProposer(TEXTS, (1.0,), 1000, shape=CHAIN)
+    engine.speculate(Speculator([told, good], SpeculationLimits(pace="fixed"), engine.clock))
+    for i in range(4):
+        engine.add_request(request(f"r{i}", range(4, 20 + i), seed=i, max_tokens=40, n=1 + i % 2))
+    with caplog.at_level(logging.ERROR):
+        assert run(engine) == TEXTS
+    assert len(caplog.records) == 1 and "told" in caplog.text
+    assert engine.speculator.stats.num_accepted > 0
+
+
+@pytest.mark.parametrize(
+    "proposal",
+    [
+        Proposal([5, 5], [-1, -1], [0, 1], [0.5, 0.5]),
+        Proposal([5, 6], [1, -1], [0, 0], [0.5, 0.5]),
+        Proposal([5], [-1], [0], [float("nan")]),
+        Proposal([5], [-1], [-3], [7.0]),
+        Proposal([10**6], [-1], [0], [1.0]),
+        Proposal([-4], [-1], [0], [1.0]),
+        Proposal([5, 6], [-1], [0], [1.0]),
+        Proposal(list(range(200)), [-1] * 200, list(range(200)), [0.01] * 200),
+    ],
+)
+def test_nonsense_of_a_proposer_harms_nobody(proposal: Proposal) -> None:
+    engine = simulated_engine(max_running=8)
+    engine.speculate(Speculator([Told(lambda want: proposal)], SpeculationLimits(pace="fixed"), engine.clock))
+    for i in range(4):
+        engine.add_request(request(f"r{i}", range(4, 20 + i), seed=i, max_tokens=40, n=1 + i % 2))
+    assert run(engine) == TEXTS
+
+
+def test_proposers_hear_who_stopped_and_are_closed() -> None:
+    told = Told(lambda want: chain(2))
+    engine = simulated_engine()
+    engine.speculate(Speculator([told], SpeculationLimits(pace="fixed"), engine.clock))
+    for name in ("a", "b"):
+        engine.add_request(request(name, range(4, 9), max_tokens=10))
+    engine.step()
+    engine.step()
+    engine.cancel("a")
+    run(engine)
+    assert [seq.request.request_id for seq in told.forgotten] == ["a", "b"]
+    engine.close()
+    assert told.closed
+
+
+def test_scratch_takes_no_page_that_a_running_sequence_needs() -> None:
+    """In a pool that just suffices, speculation neither preempts nor stops: it shrinks."""
+    plain = simulated_engine(num_pages=12, pages_per_frame=1, max_running=4, prefix_cache=False)
+    guessing = simulated_engine(num_pages=12, pages_per_frame=1, max_running=4, prefix_cache=False)
+    guessing.speculate(
+        Speculator([Told(lambda want: chain(8))], SpeculationLimits(pace="fixed"), guessing.clock)
+    )
+    outputs = []
+    for engine in (plain, guessing):
+        for i in range(3):
+            engine.add_request(request(f"r{i}", range(4, 34), seed=i, max_tokens=30))
+        outputs.append(run(engine))
+    assert outputs[0] == outputs[1]
+    assert guessing.scheduler.num_preemptions <= plain.scheduler.num_preemptions
+    assert guessing.scheduler.cache.pages.num_used == 0
+
+
+def records_of(engine: Engine) -> list[StepRecord]:
+    records: list[StepRecord] = []
+    engine.on_step = records.append
+    run(engine)
+    return records
+
+
+def test_it_switches_itself_off_where_rows_are_dear_and_says_so() -> None:
+    """Each row costs as much as a step: guesses that are right half of the time do not pay."""
+    cost = CostModel(memory_bound=0.0, per_row=0.01, fixed=0.0)
+    engine = replayed(0.5, pace="adaptive", cost=cost)
+    engine.add_request(request("long", range(4, 40), seed=9, max_tokens=400))
+    TEXTS["long", 0] = [0] * 400
+    try:
+        records_of(engine)
+    finally:
+        del TEXTS["long", 0]
+    stats = engine.speculator.stats
+    assert stats.skipped > 0.9 * (stats.skipped + stats.steps)
+
+
+def test_it_stays_on_where_rows_are_free() -> None:
+    engine = replayed(1.0, pace="adaptive", cost=CostModel(memory_bound=0.02, per_row=1e-7))
+    records = records_of(engine)
+    assert sum(record.num_accepted for record in records) > 100
+    assert engine.speculator.stats.seconds_saved > 0
+
+
+def test_a_pace_gets_its_rows_first() -> None:
+    """Two requests want the same rows; the one with a pace that it misses otherwise makes more tokens a step."""
+    cost = CostModel(memory_bound=0.005, per_row=0.002, fixed=0.0)
+    engine = simulated_engine(max_running=2, cost=cost, num_pages=200)
+    names = ("slow", "fast")
+    for name in names:
+        engine.add_request(request(name, range(4, 20), seed=1, max_tokens=120))
+    texts = run(engine)
+    engine = simulated_engine(max_running=2, cost=cost, num_pages=200)
+    proposer = ReplayProposer(texts, (0.8,), 1000, shape=(1,) * 6)
+    engine.speculate(Speculator([proposer], SpeculationLimits(max_depth=6, max_rows=8), engine.clock))
+    made = dict.fromkeys(names, 0)
+    for name in names:
+        asked = request(name, range(4, 20), seed=1, max_tokens=120)
+        asked.slo = Slo(tpot=0.006) if name == "fast" else Slo()
+        engine.add_request(asked)
+    ended: list[str] = []
+    while engine.has_work:
+        for delta in engine.step():
+            made[delta.request_id] += len(delta.token_ids)
+            if delta.last:
+                ended.append(delta.request_id)
+    assert made == {"slow": 120, "fast": 120}
+    assert ended == ["fast", "slow"]
