@@ -186,6 +186,35 @@ nb::tuple sample(const Rows& logits, nb::handle entries, const std::string& isa,
     return nb::make_tuple(vector_array(tokens), vector_array(logprobs), top);
 }
 
+// (tokens, scores) of each entry.
+nb::list candidates(const Rows& logits, nb::handle entries, const std::string& isa) {
+    const SamplingKernels& kernels = sampling_kernels_for(find_isa(isa));
+    int64_t num_rows = static_cast<int64_t>(logits.shape(0)), vocab = static_cast<int64_t>(logits.shape(1));
+    if (vocab < 1 || vocab > kMaxVocabulary) refuse("logits", "has a vocabulary outside [1, 2^19 - 16]");
+    Entries columns(entries, num_rows, vocab);
+    std::vector<float> rows(logits.data(), logits.data() + num_rows * vocab);
+    for (int64_t row = 0; row < num_rows; ++row) finish_logits(kernels, rows.data() + row * vocab, vocab, 0.0f);
+    nb::object edits = nb::getattr(entries, "edits");
+    SamplerScratch scratch;
+    nb::list found;
+    for (size_t i = 0; i < columns.size(); ++i) {
+        nb::object edit = edits.attr("get")(i);
+        std::optional<Edits> own;
+        if (!edit.is_none()) own.emplace(edit, vocab);
+        Candidate best[kMaxCandidates];
+        int64_t count = find_candidates(kernels, rows.data() + columns.rows.data()[i] * vocab, vocab,
+                                        columns.at(i, own ? &own->view() : nullptr), scratch, best);
+        std::vector<int32_t> tokens;
+        std::vector<double> scores;
+        for (int64_t j = 0; j < count; ++j) {
+            tokens.push_back(best[j].token);
+            scores.push_back(best[j].score);
+        }
+        found.append(nb::make_tuple(vector_array(tokens), vector_array(scores)));
+    }
+    return found;
+}
+
 }  // namespace
 
 void bind_sampler(nb::module_& m) {
@@ -194,6 +223,9 @@ void bind_sampler(nb::module_& m) {
           nb::arg("softcap") = nb::none(),
           "Tokens of fp32 logits [n, V]: (token_ids, logprobs, {entry: (ids, logprobs, rank)}). `entries` are the\n"
           "columns of engine.batch.LogitRows, whose `rows` are rows of `logits`. For tests.");
+    m.attr("max_candidates") = kMaxCandidates;
+    m.def("candidates", &candidates, nb::arg("logits").noconvert(), nb::arg("entries"), nb::arg("isa") = "",
+          "Of each entry, as `sample` takes them: the best tokens that it may draw, and their scores. For tests.");
 }
 
 }  // namespace tokenloom

@@ -96,14 +96,19 @@ void copy_key(const KVLayout& layout, uint8_t* to, int64_t j, const uint8_t* fro
 }  // namespace
 
 void move_slots(const KVPool& pool, const int64_t* moves, int64_t count, int64_t begin, int64_t end) {
-    for (int64_t move = 0; move < count; ++move) {
-        const int64_t source = moves[2 * move], destination = moves[2 * move + 1];
-        if (source == destination) continue;
-        const uint8_t* from = pool.page(source / kPageSize);
-        uint8_t* to = pool.page(destination / kPageSize);
+    int64_t last;
+    for (int64_t first = 0; first < count; first = last) {
+        // Moves into one page, mostly within it, go head by head: keys of a head share their cache lines.
+        const int64_t page = moves[2 * first + 1] / kPageSize;
+        for (last = first + 1; last < count && moves[2 * last + 1] / kPageSize == page;) ++last;
         for (int64_t head = begin; head < end; ++head)
-            copy_key(pool.layout, to + head * pool.layout.head_bytes(), destination % kPageSize,
-                     from + head * pool.layout.head_bytes(), source % kPageSize);
+            for (int64_t move = first; move < last; ++move) {
+                const int64_t source = moves[2 * move], destination = moves[2 * move + 1];
+                const int64_t offset = head * pool.layout.head_bytes();
+                if (source != destination)
+                    copy_key(pool.layout, pool.page(page) + offset, destination % kPageSize,
+                             pool.page(source / kPageSize) + offset, source % kPageSize);
+            }
     }
 }
 

@@ -186,3 +186,21 @@ def test_profiles_of_a_draft_leave_no_trace(numerics: Numerics) -> None:
     assert texts(target, pages) == alone
     with pytest.raises(ValueError, match="only before the first"):
         draft.profile(1, 0)
+
+
+@each_numerics(Numerics("native", "bfloat16", "bfloat16"))
+def test_adapters_of_a_draft_leave_no_trace(numerics: Numerics) -> None:
+    """An fp32 adapter of a draft that has fp32 keys: halves of its numbers would be read as keys of the target."""
+    frame_bytes = frame_bytes_for("native") // 4096 * 4096
+    pages = list(range(10, 16))
+    alone = texts(executor(TARGET, numerics, frame_bytes), pages)
+    target = executor(TARGET, numerics, frame_bytes)
+    draft = executor(DRAFT, Numerics("native"), frame_bytes, frames_of=target)
+    everywhere = np.arange(NUM_FRAMES * frame_bytes // 4096, dtype=np.int32)
+    # 1.0 + 2**-7 - 2**-23: its lower half is 0xffff, no number in bf16.
+    values = np.full(len(everywhere) * 1024, 0x3F80FFFF, np.uint32)
+    draft.backend.write_pages(everywhere, 4096, values.view(np.uint8))
+    assert texts(target, pages) != alone
+    draft.backend.write_pages(everywhere, 4096, values.view(np.uint8))
+    draft.backend.clear_pages(everywhere, 4096)
+    assert texts(target, pages) == alone

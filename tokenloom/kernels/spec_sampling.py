@@ -118,6 +118,43 @@ def choose(
     return int(tokens[np.argmax(scores[tokens].astype(np.float64) + gumbel(bits))])
 
 
+def candidates(
+    logits: Float32,
+    edits: LogitEdits | None,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    sample_index: int,
+    position: int,
+    count: int,
+) -> list[tuple[int, float]]:
+    """The `count` best tokens by (-score, id) of what `choose` takes the first of: at temperature 0 the score is the
+    edited logit, else score + noise. Excluded tokens are none of them."""
+    row = edited(logits, edits)
+    best = row.max()
+    if best == -np.inf:
+        return []
+    if temperature > 0:
+        scores = (row - best) / np.float32(temperature)
+        tokens = np.sort(kept_tokens(scores, top_k, top_p, min_p))
+        bits = token_bits(
+            np.array([seed], np.uint64),
+            np.array([sample_index], np.uint32),
+            np.array([position], np.int64),
+            tokens,
+            Purpose.TOKEN,
+        )
+        values = scores[tokens].astype(np.float64) + gumbel(bits)
+    else:
+        tokens = np.flatnonzero(row > -np.inf)
+        values = row[tokens].astype(np.float64)
+    order = np.lexsort((tokens, -values))[:count]
+    return list(zip(tokens[order].tolist(), values[order].tolist(), strict=True))
+
+
 @dataclass(slots=True)
 class Scored:
     """What one entry returns: `logprob` is NaN and `top` None where they were not asked for."""
