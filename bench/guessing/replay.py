@@ -9,8 +9,10 @@ import math
 import random
 import statistics
 import zlib
+from dataclasses import replace
 from typing import Any
 
+import machine
 from rounds import Figures, Referee
 
 from guessing.engines import Served, engine_parts, greedy, serve, speculate
