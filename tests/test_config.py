@@ -78,7 +78,7 @@ def test_precedence_is_values_then_environment_then_file(tmp_path: Path) -> None
         ("target_itl_ms", "fast", "of type float"),
         ("prefix_cache", "maybe", "of type bool"),
         ("prefix_cache", 1, "of type bool"),
-        ("policy", "random", "one of fcfs, priority"),
+        ("policy", "random", "one of fcfs, priority, slo"),
         ("dtype", "int4", "one of auto, float32, bfloat16, float16"),
         ("host", 127, "of type str"),
         ("model", None, "of type str"),

@@ -96,11 +96,18 @@ class SchedulerOptions:
     )
     max_running: int = knob(128, "Sequences that run at once at most.", **_at_least(1))
     max_waiting: int = knob(1024, "Requests that may wait; more are refused with 429.", **_at_least(1))
-    policy: Literal["fcfs", "priority"] = knob("fcfs", "First come first served, or by request priority.")
+    policy: Literal["fcfs", "priority", "slo"] = knob(
+        "fcfs", "First come first served, by request priority, or by when the first token is due."
+    )
     age_bound_s: float = knob(60.0, "A request older than this goes before all younger ones.", **_at_least(0))
     admission: Literal["optimistic", "reserve"] = knob(
         "optimistic",
         "Who may start: whose prompt fits, or only whose longest output would fit beside all others.",
+    )
+    slo_class: tuple[str, ...] = knob(
+        (),
+        "An SLO that requests can name, as NAME=tpot_ms:40,ttft_ms:500 (either may be left out); may be given several"
+        " times.",
     )
 
 
@@ -187,6 +194,10 @@ class ServerOptions:
         8000, "Port to listen on; 0 for a free one.", check=lambda v: 0 <= v < 65536, limit="0 to 65535"
     )
     api_key: str = knob("", "Key that clients must send as a bearer token; empty for none.")
+    slo_key: tuple[str, ...] = knob(
+        (),
+        "A key that clients may send, and the SLO class of its requests, as KEY=CLASS; may be given several times.",
+    )
     max_body_mb: int = knob(8, "Largest request body in MiB; larger ones get 413.", **_at_least(1))
     log_level: Literal["debug", "info", "warning", "error"] = knob("info", "How much the server logs.")
 

@@ -109,7 +109,7 @@ class LocalExecutor:
             )
         else:
             raise UnsupportedFeature(f"kernels {kernels}", "there are native and reference")
-        self._frames = _Frames() if frames_of is None else frames_of._frames
+        self._frames: _Frames = _Frames() if frames_of is None else frames_of._frames
         self._frames.num_executors += 1
 
     @property
