@@ -28,8 +28,8 @@ def create_app(client: EngineClient, config: Config, adapters: AdapterService | 
     """The HTTP face of `client`, with `adapters` over its model (None: without). The application's lifespan starts
     and closes both. Raises `InvalidParameter` for SLO classes and keys that cannot be read."""
     slos = SloClasses(config)
-    metrics = Metrics()
     served = adapters or AdapterService(client, None, model="", options=config.adapters)
+    metrics = Metrics(served.name_of)
     client.subscribe(functools.partial(metrics.on_step, client))
 
     @contextlib.asynccontextmanager
