@@ -27,9 +27,11 @@ def knob(
     *,
     check: Callable[[Any], bool] = lambda value: True,
     limit: str = "",
+    words: bool = False,
 ) -> Any:
-    """Declare a configuration field. `check` must hold for its value; `limit` says in words what it asks."""
-    return field(default=default, metadata={"help": help, "check": check, "limit": limit})
+    """Declare a configuration field. `check` must hold for its value; `limit` says in words what it asks. Texts that
+    are `words` may have commas between them wherever they are given."""
+    return field(default=default, metadata={"help": help, "check": check, "limit": limit, "words": words})
 
 
 def _at_least(low: int) -> dict[str, Any]:
@@ -152,6 +154,7 @@ class SpeculationOptions:
         "What suggests tokens: draft (a small model), ngram (what followed the same words before); commas between.",
         check=lambda names: all(name in PROPOSERS for name in names) and len(set(names)) == len(names),
         limit="each at most once of " + ", ".join(PROPOSERS),
+        words=True,
     )
     draft_model: str = knob(
         "",
@@ -303,9 +306,11 @@ def _convert(entry: Knob, value: Any) -> Any:
 
 def _texts(entry: Knob, value: Any) -> tuple[str, ...]:
     """Several texts; of one text, what is between the commas."""
-    items = [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+    items = [value] if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
         raise InvalidParameter(entry.name, value, "texts")
+    if isinstance(value, str) or _metadata(entry).metadata["words"]:
+        items = [part.strip() for item in items for part in item.split(",") if part.strip()]
     return tuple(items)
 
 
