@@ -10,10 +10,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from msgspec import UNSET, UnsetType
+
 from tokenloom.api.context import ApiContext
-from tokenloom.api.responses import FinishReason, PromptTokensDetails, Usage
+from tokenloom.api.responses import CompletionTokensDetails, FinishReason, PromptTokensDetails, Usage
+from tokenloom.engine.request import NO_SLO, SequenceDelta, Slo, TokenLogprobs
 from tokenloom.engine.request import FinishReason as EngineReason
-from tokenloom.engine.request import SequenceDelta, TokenLogprobs
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.serving.requests import make_request
 from tokenloom.text.output_text import OutputText, output_text_of
@@ -48,6 +50,7 @@ class Job:
     params: SamplingParams
     priority: int = 0
     tenant: str = ""
+    slo: Slo = NO_SLO
 
 
 class ChoiceDelta(NamedTuple):
@@ -71,12 +74,23 @@ class ChoiceDelta(NamedTuple):
 class _Choice:
     """The state of one choice while its tokens arrive."""
 
-    __slots__ = ("base", "finish_reason", "last_time", "num_tokens", "output", "started")
+    __slots__ = (
+        "base",
+        "finish_reason",
+        "last_time",
+        "num_accepted",
+        "num_drafted",
+        "num_tokens",
+        "output",
+        "started",
+    )
 
     def __init__(self, output: OutputText, base: int) -> None:
         self.output = output
         self.base = base
         self.num_tokens = 0
+        self.num_drafted = 0
+        self.num_accepted = 0
         self.last_time = 0.0
         self.started = False
         self.finish_reason: FinishReason | None = None
@@ -120,6 +134,7 @@ class Generation:
             priority=job.priority,
             tenant=job.tenant,
             adapter=self.adapter,
+            slo=job.slo,
         )
         self._choices = [
             _Choice(output_text_of(tokenizer, prompt.token_ids, job.params), len(prompt.echo))
@@ -139,11 +154,19 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """The totals so far."""
+        details: CompletionTokensDetails | UnsetType = UNSET
+        if self._client.card.speculates:
+            accepted = sum(choice.num_accepted for choice in self._choices)
+            drafted = sum(choice.num_drafted for choice in self._choices)
+            details = CompletionTokensDetails(
+                accepted_prediction_tokens=accepted, rejected_prediction_tokens=drafted - accepted
+            )
         return Usage(
             prompt_tokens=self._num_prompt,
             completion_tokens=self._num_output,
             total_tokens=self._num_prompt + self._num_output,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=self._num_cached),
+            completion_tokens_details=details,
         )
 
     async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
@@ -223,6 +246,7 @@ class Generation:
             choice.last_time = now
             self._num_output += num_new
             self._metrics.count("generation_tokens", num_new)
+        choice.num_drafted, choice.num_accepted = delta.num_drafted, delta.num_accepted
         text, offsets = self._detokenise(choice, delta)
         if first:
             choice.started = True

@@ -120,6 +120,10 @@ class AdapterService:
         """What a request means by `model`: the name of an adapter, alone or behind that of the model and ':'."""
         return self._served.get(model.removeprefix(f"{self._model}:"))
 
+    def name_of(self, content_id: str) -> str | None:
+        """A name that stands for a content now, None where there is none."""
+        return next((name for name, one in self._served.items() if one.content_id == content_id), None)
+
     def lease(self, name: str) -> AdapterLease:
         """The content that `name` stands for now, for one request. Raises KeyError for an unknown name."""
         served = self._served[name]

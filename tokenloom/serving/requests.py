@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from tokenloom.engine.request import Pooling, Request
+from tokenloom.engine.request import NO_SLO, Pooling, Request, Slo
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import InvalidParameter, UnsupportedFeature
 from tokenloom.serving.client import ModelCard
@@ -23,6 +23,7 @@ def make_request(
     tenant: str = "",
     program_id: str = "",
     adapter: str = "",
+    slo: Slo = NO_SLO,
 ) -> Request:
     """The request for a tokenised prompt, with `params.bad_words` resolved to token ids; `adapter` is a content id.
 
@@ -38,6 +39,7 @@ def make_request(
         program_id=program_id,
         adapter=adapter,
         bad_word_ids=tuple(bad_word_ids(tokenizer, params.bad_words)) if params.bad_words else (),
+        slo=slo,
     )
 
 
