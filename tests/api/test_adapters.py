@@ -336,6 +336,23 @@ def test_an_adapter_that_is_too_large(model: Path, tmp_path: Path, directories: 
         assert "rank 200" in error(load(server, "large", large), 400, "invalid_adapter")
 
 
+def test_many_load_one_name_at_a_time(server: Server, directories: dict[str, Path]) -> None:
+    """One of them gets it; the others hear that it is taken."""
+    answers: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(load(server, "x", directories["blue"])))
+        for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SECONDS)
+    taken = [response for response in answers if response.status_code != 200]
+    assert (len(answers), len(taken)) == (6, 5)
+    for response in taken:
+        error(response, 400, "already_loaded")
+
+
 def test_a_refused_load_takes_nothing_from_other_names(model: Path, tmp_path: Path) -> None:
     """The content of a second name is known already, and a pin leaves no room for it now."""
     one, two = write_adapter(tmp_path / "one", 1, rank=200), write_adapter(tmp_path / "two", 2, rank=200)
