@@ -305,7 +305,7 @@ def test_reserving_never_preempts() -> None:
 
 
 class Machine(RuleBasedStateMachine):
-    """Load, unload, replace, pin, request, cancel, step; `check` runs after every step."""
+    """Load, unload, replace, load again, pin, evict, request, cancel, step; `check` runs after every step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -330,6 +330,18 @@ class Machine(RuleBasedStateMachine):
     def unload(self, data: st.DataObject) -> None:
         self.engine.adapters.retire(self.names.pop(data.draw(st.sampled_from(sorted(self.names)))))
 
+    @rule(data=st.data(), name=st.sampled_from("uv"))
+    def load_again(self, data: st.DataObject, name: str) -> None:
+        """A content that no name has any more, which requests still run with."""
+        left = sorted(self.source.sizes.keys() - set(self.names.values()))
+        if left and name not in self.names:
+            self.names[name] = data.draw(st.sampled_from(left))
+            self.engine.adapters.revive(self.names[name])
+
+    @rule()
+    def evict(self) -> None:
+        self.engine.adapters.evict_one(over_waiters=False)
+
     @precondition(lambda self: self.names)
     @rule(data=st.data(), on=st.booleans())
     def pin(self, data: st.DataObject, on: bool) -> None:
@@ -338,7 +350,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(data=st.data(), length=st.integers(1, 40), tokens=st.integers(1, 30), n=st.integers(1, 3))
     def add(self, data: st.DataObject, length: int, tokens: int, n: int) -> None:
-        adapter = self.names.get(data.draw(st.sampled_from("wxyz")), "")
+        adapter = self.names.get(data.draw(st.sampled_from("uvwxyz")), "")
         name = f"r{next(self.serial)}"
         new = request(name, range(4, 4 + length), seed=len(name), adapter=adapter, max_tokens=tokens, n=n)
         try:
