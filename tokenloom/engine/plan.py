@@ -81,14 +81,6 @@ class StepSpeculation:
     skipped: bool = False
     seconds_saved: float = 0.0
 
-    def count(self, accepted: int) -> None:
-        """One more tree, of which the first `accepted` levels came true."""
-        self.num_trees += 1
-        places = self.accepted_by_depth
-        places += [0] * (accepted - len(places))
-        for level in range(accepted):
-            places[level] += 1
-
 
 @dataclass(slots=True)
 class StepRecord:

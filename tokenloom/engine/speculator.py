@@ -104,15 +104,14 @@ class Speculator:
         self.curve = LatencyCurve()
         self.chances = AcceptanceTable()
         self.stats = SpeculationStats()
+        self._step = StepSpeculation()
+        self._step_places: dict[tuple[str, str, int], Acceptance] = {}
         self._levels = AcceptanceTable(ranks=MAX_NODES)
         self._clock = clock or MonotonicClock()
         self._shapes = ShapeRule(max_depth=self.limits.max_depth, max_width=self.limits.width)
         self._paces: dict[Sequence, Pace] = {}
         self._keys = 0
         self._propose_seconds = 0.0
-        self._report = StepSpeculation()
-        self._places: dict[tuple[str, str, int], Acceptance] = {}
-        self._skipped_seen = 0
 
     # --- before a step -----------------------------------------------------------------------------------
 
@@ -122,6 +121,8 @@ class Speculator:
             return
         self._keys = sum(run.end for run in plan.runs)
         self._propose_seconds = 0.0
+        self._step = StepSpeculation()
+        self._step_places.clear()
         decoding = [
             run.seq
             for run in plan.runs
@@ -138,6 +139,7 @@ class Speculator:
             self.stats.steps += 1
         elif decoding:
             self.stats.skipped += 1
+            self._step.skipped = True
 
     def _trees(self, plan: Plan, wanted: list[Sequence], room: int) -> list[TokenTree]:
         """What the proposers that pay suggest for each of `wanted`, merged."""
@@ -257,22 +259,24 @@ class Speculator:
                 self._paces[seq].produced += 1 + len(accepted.get(seq, ()))
 
     def _count(self, plan: Plan, accepted: dict[Sequence, list[int]], seconds: float) -> None:
-        stats, report = self.stats, self._report
+        stats, step = self.stats, self._step
         guessed = 0
         for seq, tree in plan.trees.items():
             nodes = accepted.get(seq, [])
             guessed += len(nodes)
             stats.num_drafted += len(tree)
             stats.num_accepted += len(nodes)
-            report.count(len(nodes))
+            step.accepted_by_depth += [0] * (len(nodes) - len(step.accepted_by_depth))
+            for depth in range(len(nodes)):
+                step.accepted_by_depth[depth] += 1
             self._learn(seq, tree, nodes)
+        step.num_trees = len(plan.trees)
         if self.curve.known:
             num_nodes = sum(len(tree) for tree in plan.trees.values())
             plain = self.curve.seconds(plan.num_rows - num_nodes, self._keys)
             gained = plain * guessed / len(plan.trees)
-            saved = gained + plain - seconds - self._propose_seconds
-            stats.seconds_saved += saved
-            report.seconds_saved += saved
+            step.seconds_saved = gained + plain - seconds - self._propose_seconds
+            stats.seconds_saved += step.seconds_saved
 
     def _learn(self, seq: Sequence, tree: TokenTree, nodes: list[int]) -> None:
         adapter = seq.request.adapter
@@ -293,23 +297,21 @@ class Speculator:
         for (number, depth), hit in levels.items():
             self._levels.observe(number, adapter, depth - 1, LEVEL_PRIOR, hit)
             place = (self.sources[number].proposer.name, adapter, depth)
-            for places in (self.stats.by_place, self._places):
-                found = places.setdefault(place, Acceptance())
+            for places in (self.stats.by_place, self._step_places):
+                found = places.get(place)
+                if found is None:
+                    found = places[place] = Acceptance()
                 found.tested += 1
                 found.accepted += hit
 
     def report(self) -> StepSpeculation | None:
-        """What was done since the last report, which is asked for after each step; None without proposers."""
+        """What the last step did; None without proposers."""
         if not self.sources:
             return None
-        report, self._report = self._report, StepSpeculation()
-        report.places = [
-            PlaceCounts(*place, found.tested, found.accepted) for place, found in self._places.items()
+        self._step.places = [
+            PlaceCounts(*place, found.tested, found.accepted) for place, found in self._step_places.items()
         ]
-        self._places.clear()
-        report.skipped = self.stats.skipped > self._skipped_seen
-        self._skipped_seen = self.stats.skipped
-        return report
+        return self._step
 
     def forget(self, seq: Sequence) -> None:
         """`seq` has stopped running. One that was preempted starts anew on its pace: its client has seen the pause,
