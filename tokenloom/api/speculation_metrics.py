@@ -64,6 +64,7 @@ class SpeculationMetrics:
         )
         self._labels = {"": ""}
         self._bound: dict[str, Any] = {}
+        self._positions: list[Any] = []
         self._places: dict[tuple[str, str, int], tuple[Any, Any]] = {}
 
     def on_step(self, model_name: str, record: StepRecord) -> None:
@@ -84,7 +85,9 @@ class SpeculationMetrics:
         bound["num_draft_tokens"].inc(record.verify_rows)
         bound["num_accepted_tokens"].inc(record.num_accepted)
         for position, accepted in enumerate(done.accepted_by_depth):
-            self._accepted_at.labels(model_name, position).inc(accepted)
+            if position == len(self._positions):
+                self._positions.append(self._accepted_at.labels(model_name, position))
+            self._positions[position].inc(accepted)
         for place in done.places:
             self._count(model_name, place)
 
