@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from math import inf, nan
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tokenloom.config import Config, make_config
-from tokenloom.engine.request import NO_SLO, Slo
+from tokenloom.engine.request import NO_SLO, Request, Slo
 from tokenloom.errors import InvalidParameter
+from tokenloom.serving.messages import Add, Command, decode_command, encode
 from tokenloom.serving.slo import SloClasses, slo_of
+from tokenloom.serving.supervisor import ProcessEngineClient
 
 CLASSES = ("fast=tpot_ms:20,ttft_ms:300", "chat=tpot_ms:50", "batch.2=ttft_ms:6e4")
 
@@ -108,3 +111,22 @@ def test_keys_that_cannot_be_read_are_not_shown(bad: str) -> None:
     assert caught.value.param == "slo_key"
     assert "entry 2" in str(caught.value)
     assert "s3cret" not in str(caught.value) and "k1" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("importable")
+def test_an_slo_is_resumed_with_its_request(
+    tokenizer_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the journal gives the next engine has the SLO, on the wire too."""
+    client = ProcessEngineClient(config(model=str(tokenizer_directory)))
+    sent: list[Command] = []
+    monkeypatch.setattr(client, "_send", sent.append)
+    request = Request(request_id="r", prompt_token_ids=[1, 2], slo=Slo(ttft=0.5))
+    client.journal.open(request)
+    client._start_again()
+    [command] = sent
+    arrived = decode_command(encode(command))
+    assert isinstance(arrived, Add)
+    assert arrived.request == request
+    assert arrived.request.slo == Slo(inf, 0.5)
+    assert isinstance(arrived.request.slo, Slo)
