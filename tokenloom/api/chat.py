@@ -56,6 +56,7 @@ async def chat_completions(request: Request) -> Response:
         params=params,
         priority=fields.priority,
         tenant=fields.cache_salt or "",
+        exactness=fields.exactness,
     )
     generation = Generation(context, job)
     form = ChatFormat(generation, fields, tokenizer, fingerprint(card, generation.adapter))

@@ -59,6 +59,7 @@ async def completions(request: Request) -> Response:
         params=params,
         priority=fields.priority,
         tenant=fields.cache_salt or "",
+        exactness=fields.exactness,
     )
     generation = Generation(context, job)
     form = CompletionFormat(generation, fields, tokenizer, fingerprint(card, generation.adapter))

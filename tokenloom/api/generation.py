@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from tokenloom.api.context import ApiContext
 from tokenloom.api.responses import FinishReason, PromptTokensDetails, Usage
+from tokenloom.engine.request import Exactness, SequenceDelta, TokenLogprobs
 from tokenloom.engine.request import FinishReason as EngineReason
-from tokenloom.engine.request import SequenceDelta, TokenLogprobs
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.serving.requests import make_request
 from tokenloom.text.output_text import OutputText, output_text_of
@@ -48,6 +48,7 @@ class Job:
     params: SamplingParams
     priority: int = 0
     tenant: str = ""
+    exactness: Exactness = "exact"
 
 
 class ChoiceDelta(NamedTuple):
@@ -120,6 +121,7 @@ class Generation:
             priority=job.priority,
             tenant=job.tenant,
             adapter=self.adapter,
+            exactness=job.exactness,
         )
         self._choices = [
             _Choice(output_text_of(tokenizer, prompt.token_ids, job.params), len(prompt.echo))

@@ -61,6 +61,10 @@ class SamplingFields(Struct, kw_only=True):
     prompt_logprobs: int | None = None
     echo: bool = False
     return_token_ids: bool = False
+    exactness: Annotated[
+        Literal["exact", "distribution"],
+        Meta(description="distribution: speculation keeps the law of a sampled text, not the text."),
+    ] = "exact"
     priority: Priority = 0
     cache_salt: Salt | None = None
 

@@ -15,7 +15,7 @@ from types import FrameType, TracebackType
 from typing import Any, Final, NamedTuple
 
 from tokenloom.config import Config, make_config
-from tokenloom.engine.request import Pooling, Request
+from tokenloom.engine.request import Exactness, Pooling, Request
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import InvalidParameter, TokenloomError
 from tokenloom.serving.assembly import EngineParts, build_engine
@@ -114,19 +114,21 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: AdapterChoice | Sequence[AdapterChoice] = None,
+        exactness: Exactness = "exact",
         progress: bool | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Complete the prompts; the results are in their order.
 
         `sampling_params` is one for all or one for each (None: the model's defaults), and so is `adapter`: the
-        name of one, its directory, or None for the model itself. `progress` draws a bar
+        name of one, its directory, or None for the model itself. With `exactness` "distribution", speculation keeps
+        the law of sampled texts instead of the texts (docs/speculation-sampling.md). `progress` draws a bar
         for 8 prompts and more (None: where stderr is a terminal); `use_tqdm=False`, as in vLLM, draws none.
         Every request is checked before any is added: `InvalidParameter` or `ContextLengthExceeded` leaves
         the engine as it was. Ctrl-C cancels what runs after the step in flight.
         """
         tokenized = self._tokenize(_prompt_list(prompts), True)
-        return self._generate(tokenized, sampling_params, adapter, progress if use_tqdm else False)
+        return self._generate(tokenized, sampling_params, adapter, exactness, progress if use_tqdm else False)
 
     def chat(
         self,
@@ -136,6 +138,7 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         adapter: AdapterChoice | Sequence[AdapterChoice] = None,
+        exactness: Exactness = "exact",
         progress: bool | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
@@ -158,7 +161,7 @@ class LLM:
                 )
             )
         tokenized = self._tokenize(texts, False)
-        return self._generate(tokenized, sampling_params, adapter, progress if use_tqdm else False)
+        return self._generate(tokenized, sampling_params, adapter, exactness, progress if use_tqdm else False)
 
     # --- adapters ----------------------------------------------------------------------------------------
 
@@ -250,6 +253,7 @@ class LLM:
         prompts: list[_Tokenized],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         adapter: AdapterChoice | Sequence[AdapterChoice],
+        exactness: Exactness,
         progress: bool | None,
     ) -> list[RequestOutput]:
         params = self._params_list(sampling_params, len(prompts))
@@ -266,6 +270,7 @@ class LLM:
                         own,
                         request_id=str(next(self._request_ids)),
                         adapter=contents[one],
+                        exactness=exactness,
                     ),
                     prompt.text,
                 )
