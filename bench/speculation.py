@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--tokens", type=Path, default=Path("bench/results/speculation-tokens.jsonl"))
     add("--prompts", type=Path, help="directory of prompts (.jsonl.gz) for equal; made-up ones otherwise")
     add("--rounds", type=int, help="3, or 1 with --quick")
-    add("--pairs", type=int, default=12, help="of batch16 (12)")
+    add("--pairs", type=int, default=8, help="of batch16 (8)")
     add("--threads", type=int, default=2)
     add("--max-other", type=float, help="cores that others may use: 0.1; any with --quick")
     add("--attempts", type=int, default=3, help="tries at a measurement until it is undisturbed (3)")

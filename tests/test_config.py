@@ -78,7 +78,7 @@ def test_precedence_is_values_then_environment_then_file(tmp_path: Path) -> None
         ("target_itl_ms", "fast", "of type float"),
         ("prefix_cache", "maybe", "of type bool"),
         ("prefix_cache", 1, "of type bool"),
-        ("policy", "random", "one of fcfs, priority"),
+        ("policy", "random", "one of fcfs, priority, slo"),
         ("dtype", "int4", "one of auto, float32, bfloat16, float16"),
         ("host", 127, "of type str"),
         ("model", None, "of type str"),
@@ -140,5 +140,9 @@ def test_several_texts(tmp_path: Path) -> None:
     file = tmp_path / "tokenloom.toml"
     file.write_text('[adapters]\nadapter = ["a=/x"]\n')
     assert make_config(file=file, env={}).adapters.adapter == ("a=/x",)
+    for names in ("draft, ngram", ["draft,ngram"], ["draft", "ngram"]):
+        assert make_config({"speculate": names}, env={}).speculation.speculate == ("draft", "ngram")
+    for unknown in ("ngrams", ["ngram", "ngram"], "ngram,ngram", ["draft,other"]):
+        assert refused(speculate=unknown).limit == "each at most once of draft, ngram"
     for bad in (5, [5], {"a": "/x"}, [["a=/x"]]):
         assert refused(adapter=bad).param == "adapter"

@@ -27,9 +27,11 @@ def knob(
     *,
     check: Callable[[Any], bool] = lambda value: True,
     limit: str = "",
+    words: bool = False,
 ) -> Any:
-    """Declare a configuration field. `check` must hold for its value; `limit` says in words what it asks."""
-    return field(default=default, metadata={"help": help, "check": check, "limit": limit})
+    """Declare a configuration field. `check` must hold for its value; `limit` says in words what it asks. Texts that
+    are `words` may have commas between them wherever they are given."""
+    return field(default=default, metadata={"help": help, "check": check, "limit": limit, "words": words})
 
 
 def _at_least(low: int) -> dict[str, Any]:
@@ -96,11 +98,18 @@ class SchedulerOptions:
     )
     max_running: int = knob(128, "Sequences that run at once at most.", **_at_least(1))
     max_waiting: int = knob(1024, "Requests that may wait; more are refused with 429.", **_at_least(1))
-    policy: Literal["fcfs", "priority"] = knob("fcfs", "First come first served, or by request priority.")
+    policy: Literal["fcfs", "priority", "slo"] = knob(
+        "fcfs", "First come first served, by request priority, or by when the first token is due."
+    )
     age_bound_s: float = knob(60.0, "A request older than this goes before all younger ones.", **_at_least(0))
     admission: Literal["optimistic", "reserve"] = knob(
         "optimistic",
         "Who may start: whose prompt fits, or only whose longest output would fit beside all others.",
+    )
+    slo_class: tuple[str, ...] = knob(
+        (),
+        "An SLO that requests can name, as NAME=tpot_ms:40,ttft_ms:500 (either may be left out); may be given several"
+        " times.",
     )
 
 
@@ -145,6 +154,7 @@ class SpeculationOptions:
         "What suggests tokens: draft (a small model), ngram (what followed the same words before); commas between.",
         check=lambda names: all(name in PROPOSERS for name in names) and len(set(names)) == len(names),
         limit="each at most once of " + ", ".join(PROPOSERS),
+        words=True,
     )
     draft_model: str = knob(
         "",
@@ -187,6 +197,10 @@ class ServerOptions:
         8000, "Port to listen on; 0 for a free one.", check=lambda v: 0 <= v < 65536, limit="0 to 65535"
     )
     api_key: str = knob("", "Key that clients must send as a bearer token; empty for none.")
+    slo_key: tuple[str, ...] = knob(
+        (),
+        "A key that clients may send, and the SLO class of its requests, as KEY=CLASS; may be given several times.",
+    )
     max_body_mb: int = knob(8, "Largest request body in MiB; larger ones get 413.", **_at_least(1))
     log_level: Literal["debug", "info", "warning", "error"] = knob("info", "How much the server logs.")
 
@@ -292,9 +306,11 @@ def _convert(entry: Knob, value: Any) -> Any:
 
 def _texts(entry: Knob, value: Any) -> tuple[str, ...]:
     """Several texts; of one text, what is between the commas."""
-    items = [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+    items = [value] if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
         raise InvalidParameter(entry.name, value, "texts")
+    if isinstance(value, str) or _metadata(entry).metadata["words"]:
+        items = [part.strip() for item in items for part in item.split(",") if part.strip()]
     return tuple(items)
 
 

@@ -402,6 +402,13 @@ def test_what_comes_changes_and_goes(tmp_path: Path) -> None:
     os.utime(tmp_path / "a" / CONFIG_FILE, ns=(1, 1))
     assert look() == nothing
     assert look() == Changes(("a",), ())
+    # Another file of the same size and time, as archives without times give it.
+    text = (tmp_path / "a" / CONFIG_FILE).read_text()
+    (tmp_path / "new").write_text(text.replace('"lora_alpha": 9', '"lora_alpha": 7'))
+    os.utime(tmp_path / "new", ns=(1, 1))
+    (tmp_path / "new").rename(tmp_path / "a" / CONFIG_FILE)
+    assert look() == nothing
+    assert look() == Changes(("a",), ())
     # Replaced between two looks; then gone.
     (tmp_path / "a").rename(tmp_path / ".old")
     assert look() == nothing

@@ -212,9 +212,16 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(directory: Path, *, api_key: str = "", max_body_mb: int = 1, **options: Any) -> Iterator[Server]:
-    """A running server with a scripted engine."""
-    config = make_config({"api_key": api_key, "max_body_mb": max_body_mb}, env={})
+def serve(
+    directory: Path,
+    *,
+    api_key: str = "",
+    max_body_mb: int = 1,
+    settings: dict[str, Any] | None = None,
+    **options: Any,
+) -> Iterator[Server]:
+    """A running server with a scripted engine; `settings` are further options of the configuration."""
+    config = make_config({"api_key": api_key, "max_body_mb": max_body_mb, **(settings or {})}, env={})
     with Server(scripted_client(directory, **options), config) as server:
         yield server
 

@@ -336,6 +336,36 @@ def test_an_adapter_that_is_too_large(model: Path, tmp_path: Path, directories: 
         assert "rank 200" in error(load(server, "large", large), 400, "invalid_adapter")
 
 
+def test_many_load_one_name_at_a_time(server: Server, directories: dict[str, Path]) -> None:
+    """One of them gets it; the others hear that it is taken."""
+    answers: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(load(server, "x", directories["blue"])))
+        for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SECONDS)
+    taken = [response for response in answers if response.status_code != 200]
+    assert (len(answers), len(taken)) == (6, 5)
+    for response in taken:
+        error(response, 400, "already_loaded")
+
+
+def test_a_refused_load_takes_nothing_from_other_names(model: Path, tmp_path: Path) -> None:
+    """The content of a second name is known already, and a pin leaves no room for it now."""
+    one, two = write_adapter(tmp_path / "one", 1, rank=200), write_adapter(tmp_path / "two", 2, rank=200)
+    with serve_model(model, max_adapter_mb=2, adapter=(f"one={one}", f"two={two}")) as server:
+        before = answer(server, "one")
+        assert server.post("/admin/adapters/two/pin").status_code == 200
+        error(load(server, "again", one), 400, "invalid_value")
+        assert server.post("/admin/adapters/two/unpin").status_code == 200
+        assert answer(server, "one") == before
+        assert load(server, "again", one).status_code == 200
+        assert answer(server, "again") == before
+
+
 def test_who_may_load_from_where(model: Path, tmp_path: Path, directories: dict[str, Path]) -> None:
     outside = write_adapter(tmp_path / "outside", 1)
     root = tmp_path / "root"
@@ -364,9 +394,11 @@ def test_a_watched_directory(
     write_adapter(watched / "one", 1)
     (watched / "broken").mkdir()
     (watched / "broken" / "adapter_config.json").write_text("{")
+    write_adapter(watched / "fixed", 4)
     with serve_model(model, adapter_dir=str(watched), adapter=(f"fixed={directories['red']}",)) as server:
         names = ["fixed", "one"]
         assert list(listed(server)) == names
+        assert listed(server)["fixed"]["source"] == str(directories["red"])
         write_adapter(watched / "two", 2)
         wait_until(lambda: list(listed(server)) == [*names, "two"])
         first, two = answer(server, "one"), answer(server, "two")

@@ -60,6 +60,7 @@ def test_serve(model: Path, tmp_path: Path) -> None:
     [
         (["--adapter", "x"], "NAME=DIRECTORY"),
         (["--adapter", "x=nowhere"], "no directory nowhere"),
+        (["--adapter", "x=LARGE", "--adapter", "x=nowhere"], "another name than that of"),
         (["--adapter", "x=LARGE", "--max-adapter-mb", "1"], "at most 1024 KiB"),
         (["--adapter", "x=LARGE", "--max-adapter-rank", "8"], "rank 220"),
         (["--adapter-dir", "nowhere"], "a directory of adapters that can be listed"),

@@ -372,7 +372,7 @@ def test_a_missing_module_names_the_extra(module: str, option: str, monkeypatch:
 def test_an_interrupt_prints_what_there_is(server: ServeProcess) -> None:
     command = [sys.executable, "-c", "from tokenloom.cli.main import main; main()", "bench", "serve"]
     command += ["--base-url", server.url, "--vocab-size", "500", "--random-input-len", "8"]
-    command += ["--random-output-len", "2", "--request-rate", "20", "--num-prompts", "100000", "--json"]
+    command += ["--random-output-len", "2", "--request-rate", "20", "--num-prompts", "2000", "--json"]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -55,7 +55,9 @@ def simulated_engine(
 def request(name: str, prompt: Iterable[int] = (1, 2, 4), *, seed: int = 0, **options: Any) -> Request:
     """A request with a fixed seed; `options` go to SamplingParams unless they are fields of Request."""
     fields = {
-        k: options.pop(k) for k in ("priority", "tenant", "adapter", "arrival", "pooling") if k in options
+        k: options.pop(k)
+        for k in ("priority", "tenant", "adapter", "arrival", "pooling", "slo")
+        if k in options
     }
     options.setdefault("max_tokens", 8)
     options.setdefault("ignore_eos", True)

@@ -225,6 +225,44 @@ def test_who_waits_for_room_is_not_starved_by_those_behind() -> None:
     assert done
 
 
+def test_who_comes_first_waits_for_what_was_begun() -> None:
+    """An adapter is half there when somebody older comes, and there is no room for both: it cannot go before it is
+    whole, so it is finished, and then makes room."""
+    source = FakeSource({"young": 48, "old": 48})
+    engine = make_engine(source, num_frames=10)
+    engine.add_request(request("base", range(4, 20), max_tokens=4, arrival=0.5))
+    engine.step()
+    engine.add_request(request("y", range(4, 20), adapter="young", arrival=3.0))
+    engine.step()
+    assert 0 < engine.adapters.resident["young"].num_copied < 48
+    engine.add_request(request("o", range(4, 20), adapter="old", arrival=2.0))
+    engine.add_request(request("last", range(4, 20), arrival=4.0))
+    assert {name for name, _ in run(engine, max_steps=200)} == {"base", "y", "o", "last"}
+    assert [name for name, _ in itertools.groupby(name for name, _ in source.copied)] == [
+        "young",
+        "old",
+        "young",
+    ]
+
+
+def test_where_adapters_have_all_they_may_have_no_cached_page_goes() -> None:
+    source = FakeSource({"a": PER_FRAME, "b": PER_FRAME})
+    engine = make_engine(source, max_adapter_bytes=PER_FRAME << 18, prefix_cache=True)
+    engine.add_request(request("cached", range(4, 400), max_tokens=1))
+    run(engine)
+    assert len(engine.scheduler.cache.pages.frames) == 6
+    engine.add_request(request("x", range(4, 20), adapter="a", max_tokens=30))
+    engine.step()
+    engine.step()
+    before = engine.scheduler.cache.num_evictions
+    engine.add_request(request("y", range(4, 20), adapter="b"))
+    for _ in range(5):
+        engine.step()
+    assert not engine.adapters.is_ready("b")
+    assert engine.scheduler.cache.num_evictions == before == 0
+    assert len(run(engine)) == 2
+
+
 def test_cancelling_the_last_who_wants_it_stops_the_fetch() -> None:
     source = FakeSource({"big": 80})
     engine = make_engine(source, num_frames=32)
@@ -305,7 +343,7 @@ def test_reserving_never_preempts() -> None:
 
 
 class Machine(RuleBasedStateMachine):
-    """Load, unload, replace, pin, request, cancel, step; `check` runs after every step."""
+    """Load, unload, replace, load again, pin, evict, request, cancel, step; `check` runs after every step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -330,6 +368,18 @@ class Machine(RuleBasedStateMachine):
     def unload(self, data: st.DataObject) -> None:
         self.engine.adapters.retire(self.names.pop(data.draw(st.sampled_from(sorted(self.names)))))
 
+    @rule(data=st.data(), name=st.sampled_from("uv"))
+    def load_again(self, data: st.DataObject, name: str) -> None:
+        """A content that no name has any more, which requests still run with."""
+        left = sorted(self.source.sizes.keys() - set(self.names.values()))
+        if left and name not in self.names:
+            self.names[name] = data.draw(st.sampled_from(left))
+            self.engine.adapters.revive(self.names[name])
+
+    @rule()
+    def evict(self) -> None:
+        self.engine.adapters.evict_one(over_waiters=False)
+
     @precondition(lambda self: self.names)
     @rule(data=st.data(), on=st.booleans())
     def pin(self, data: st.DataObject, on: bool) -> None:
@@ -338,7 +388,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(data=st.data(), length=st.integers(1, 40), tokens=st.integers(1, 30), n=st.integers(1, 3))
     def add(self, data: st.DataObject, length: int, tokens: int, n: int) -> None:
-        adapter = self.names.get(data.draw(st.sampled_from("wxyz")), "")
+        adapter = self.names.get(data.draw(st.sampled_from("uvwxyz")), "")
         name = f"r{next(self.serial)}"
         new = request(name, range(4, 4 + length), seed=len(name), adapter=adapter, max_tokens=tokens, n=n)
         try:

@@ -11,6 +11,7 @@ from tokenloom.engine.batch import Ticket, TokenBatch
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
 from tokenloom.engine.policies.queue_order import QueueOrder
+from tokenloom.engine.request import NO_SLO, Slo
 from tokenloom.errors import ContextLengthExceeded, InvalidParameter, QueueFull
 
 
@@ -171,6 +172,55 @@ def test_age_bound_beats_a_flood_of_urgent_requests() -> None:
     finished_at = None
     for step in range(400):
         engine.add_request(request(f"urgent{step}", priority=0, max_tokens=4))
+        if any(d.request_id == "old" and d.last for d in engine.step()):
+            finished_at = engine.clock.now()
+            break
+    assert finished_at is not None and 1.0 < finished_at < 1.5
+
+
+def test_who_is_due_first_comes_first() -> None:
+    """Deadlines are arrival + ttft; those without one come after, in order of arrival; ids decide nothing."""
+    engine = simulated_engine(max_running=1, order=QueueOrder("slo"))
+    wanted = [
+        ("z", 0.0, NO_SLO),
+        ("y", 1.0, NO_SLO),
+        ("d", 2.0, Slo(ttft=9.0)),
+        ("c", 4.0, Slo(ttft=5.0)),
+        ("b", 3.0, Slo(ttft=7.0)),
+        ("a", 5.0, Slo(tpot=0.1)),
+        ("e", 6.0, Slo(ttft=1.0, tpot=0.1)),
+    ]
+    for name, arrival, slo in wanted:
+        engine.add_request(request(name, arrival=arrival, slo=slo, max_tokens=2))
+    ended = [delta.request_id for delta in drain(engine) if delta.last]
+    assert ended == ["e", "c", "b", "d", "z", "y", "a"]
+
+
+def test_nobody_is_preempted_for_who_is_due() -> None:
+    engine = simulated_engine(max_running=1, order=QueueOrder("slo"))
+    engine.add_request(request("long", max_tokens=20))
+    engine.step()
+    engine.add_request(request("due", slo=Slo(ttft=0.001), max_tokens=2))
+    engine.add_request(request("later", slo=Slo(ttft=5.0), max_tokens=2))
+    assert [delta.request_id for delta in drain(engine) if delta.last] == ["long", "due", "later"]
+    assert engine.scheduler.num_preemptions == 0
+
+
+def test_pages_are_taken_from_who_was_promised_nothing() -> None:
+    engine = simulated_engine(num_pages=8, pages_per_frame=1, order=QueueOrder("slo"), prefix_cache=False)
+    engine.add_request(request("plain", range(4, 50), max_tokens=60))
+    engine.add_request(request("promised", range(4, 50), slo=Slo(ttft=1.0), max_tokens=60))
+    ended = [delta.request_id for delta in drain(engine) if delta.last]
+    assert ended == ["promised", "plain"]
+    assert engine.scheduler.num_preemptions > 0
+
+
+def test_age_bound_beats_a_flood_of_promises() -> None:
+    engine = simulated_engine(max_running=1, order=QueueOrder("slo", age_bound=1.0))
+    engine.add_request(request("old", max_tokens=4))
+    finished_at = None
+    for step in range(400):
+        engine.add_request(request(f"due{step}", slo=Slo(ttft=0.001), max_tokens=4))
         if any(d.request_id == "old" and d.last for d in engine.step()):
             finished_at = engine.clock.now()
             break

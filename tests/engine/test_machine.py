@@ -17,6 +17,7 @@ from tokenloom.engine.engine import Engine, EngineLimits
 from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
 from tokenloom.engine.policies.queue_order import QueueOrder
 from tokenloom.engine.proposer import Proposal
+from tokenloom.engine.request import NO_SLO, Slo
 from tokenloom.engine.sequence import Sequence
 from tokenloom.engine.speculator import SpeculationLimits, Speculator
 
@@ -109,7 +110,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_batch=st.sampled_from([8, 17, 64]),
         max_chunk=st.sampled_from([0, 1, 5]),
         max_running=st.integers(3, 8),
-        policy=st.sampled_from(["fcfs", "priority"]),
+        policy=st.sampled_from(["fcfs", "priority", "slo"]),
         prefix_cache=st.booleans(),
         trees=st.none() | st.integers(0, 9),
     )
@@ -151,6 +152,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(0, 30),
         n=st.sampled_from([1, 1, 1, 2, 3]),
         priority=st.integers(0, 2),
+        slo=st.sampled_from([NO_SLO, Slo(ttft=0.1), Slo(tpot=0.01, ttft=0.5), Slo(tpot=0.001)]),
         tenant=st.sampled_from(["", "t"]),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
         ignore_eos=st.booleans(),

@@ -105,17 +105,18 @@ class Host:
     """An executor and pages for its adapters at the end of the pool."""
 
     def __init__(self, numerics: Numerics, config: Any = CONFIG, threads: int = 2) -> None:
+        self.config = config
         self.program = build(config)
         self.dtype = numerics.dtype
         self.executor: LocalExecutor = make_executor(config, numerics, num_threads=threads, frame_bytes=FRAME)
-        self._next = 32 * (FRAME // PAGE_BYTES) - 1
+        self.next_page = 32 * (FRAME // PAGE_BYTES) - 1
 
     def load(self, slot: int, blocks: list[Block], embedding: Embedding | None = None) -> AdapterImage:
         image = make_image(self.program, blocks, embedding, self.dtype, page_bytes=PAGE_BYTES)
         count = image.layout.num_pages
         # In falling order: pages lie anywhere.
-        pages = np.arange(self._next, self._next - count, -1, dtype=np.int32)
-        self._next -= count
+        pages = np.arange(self.next_page, self.next_page - count, -1, dtype=np.int32)
+        self.next_page -= count
         self.executor.backend.write_pages(pages, PAGE_BYTES, np.array(image.pages))
         self.executor.backend.bind_adapter(slot, image, pages)
         return image
@@ -307,13 +308,16 @@ def test_products_are_the_oracle(narrow: bool) -> None:
 
 def hidden_rows(host: Host, text: list[int], narrow: bool) -> list[Float32]:
     """What the head reads, found by a head that is the identity."""
+    vocab, width = next(s.shape for s in host.program.weights if s.name == "lm_head.weight")
     weights = random_weights(host.program)
-    weights["lm_head.weight"] = np.eye(101, CONFIG.hidden_size, dtype=np.float32)
+    weights["lm_head.weight"] = np.eye(vocab, width, dtype=np.float32)
     dtype = "bfloat16" if narrow else "float32"
-    executor = make_executor(CONFIG, Numerics("native", dtype, dtype), weights=weights)
-    step(executor, make_batch([Run(text, 0, len(text), pages_of(0))], [Entry(i) for i in range(len(text))]))
-    found = executor.backend.logits(np.arange(len(text), dtype=np.int32))
-    return [row[: CONFIG.hidden_size].copy() for row in found]
+    executor = make_executor(host.config, Numerics("native", dtype, dtype), weights=weights)
+    entries = [Entry(i) for i in range(len(text))]
+    step(executor, make_batch([Run(text, 0, len(text), range(1, 2 + len(text) // 16))], entries))
+    rows = [np.arange(i, min(i + 64, len(text)), dtype=np.int32) for i in range(0, len(text), 64)]
+    found = np.concatenate([executor.backend.logits(part).copy() for part in rows])
+    return [row[:width].copy() for row in found]
 
 
 def test_images_keep_what_they_were_made_of(tmp_path: Path) -> None:

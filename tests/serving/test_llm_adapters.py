@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,33 @@ def test_images_are_kept_and_verified(model: Path, tmp_path: Path, adapters: dic
     with make_llm(model, **options, kernels="native", dtype="bfloat16") as llm:  # type: ignore[arg-type]
         assert seen(llm.generate(PROMPTS[:1], GREEDY, adapter="mine")) != expected
     assert len(list((tmp_path / "data" / "images").iterdir())) == 2
+
+
+def test_what_cannot_be_had_is_left_out(
+    model: Path, tmp_path: Path, adapters: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of earlier runs and of a directory, as a server does; what was named must be there."""
+    data, watched = tmp_path / "data", tmp_path / "watched"
+    with make_llm(model, data_dir=str(data)) as llm:
+        llm.load_adapter("large", write_adapter(tmp_path / "large", 1, rank=220))
+        llm.load_adapter("small", adapters["a0"])
+    for name in ("broken", "good", "small"):
+        write_adapter(watched / name, 7)
+    (watched / "broken" / "adapter_config.json").write_text("{")
+    options = {"data_dir": str(data), "max_adapter_mb": 1, "adapter_dir": str(watched)}
+    with make_llm(model, **options, adapter=(f"small={adapters['a1']}",)) as llm:
+        assert llm.adapters() == ("good", "small")
+        small = seen(llm.generate(PROMPTS[:1], GREEDY, adapter="small"))
+        assert small == seen(llm.generate(PROMPTS[:1], GREEDY, adapter=adapters["a1"]))
+    for words in (
+        "large: .*at most 1024 KiB",
+        "broken: .*JSON object",
+        "small in .* the name of another one",
+    ):
+        assert re.search(words, caplog.text)
+    for named in (("x=nowhere",), (f"x={adapters['a0']}", f"x={adapters['a1']}")):
+        with pytest.raises(TokenloomError, match="nowhere|another name"):
+            make_llm(model, adapter=named)
 
 
 def test_a_full_disk(

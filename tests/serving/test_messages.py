@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tokenloom.engine.adapter_pool import AdapterUse
 from tokenloom.engine.plan import StepRecord
-from tokenloom.engine.request import Request, RequestTimings, SequenceDelta, TokenLogprobs
+from tokenloom.engine.request import Request, RequestTimings, SequenceDelta, Slo, TokenLogprobs
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import (
     ContextLengthExceeded,
@@ -111,6 +111,7 @@ def test_commands_survive_the_wire() -> None:
         exactness="distribution",
         program_id="p",
         bad_word_ids=((1, 2), (3,)),
+        slo=Slo(tpot=0.04),
         arrival=2.5,
     )
     commands: tuple[Command, ...] = (

@@ -20,9 +20,11 @@ MAX_DIRECTORIES = 10_000
 
 
 class FileStamp(NamedTuple):
-    """Time of the last change in nanoseconds, and size in bytes."""
+    """Times of the last change in nanoseconds, and size in bytes. Archives and copies set `mtime_ns` as they like;
+    `ctime_ns` is the system's own, and tells a file from another that has taken its place."""
 
     mtime_ns: int
+    ctime_ns: int
     size: int
 
 
@@ -88,4 +90,4 @@ def _stamp(path: Path) -> FileStamp | None:
         status = os.stat(path)
     except OSError:
         return None
-    return FileStamp(status.st_mtime_ns, status.st_size)
+    return FileStamp(status.st_mtime_ns, status.st_ctime_ns, status.st_size)

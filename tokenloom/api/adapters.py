@@ -34,12 +34,12 @@ async def load_lora_adapter(request: Request) -> Response:
             code="missing_required_parameter",
         )
     directory = _allowed_directory(context.config, fields.lora_path)
-    if name in context.adapters.names() and not fields.load_inplace:
-        message = f"The adapter '{name}' is loaded already. To replace it, set load_inplace to true."
-        raise ApiError(400, message, param="lora_name", code="already_loaded")
     try:
         await context.adapters.load(name, directory, replace=fields.load_inplace)
     except InvalidParameter as error:
+        if name in context.adapters.names() and not fields.load_inplace:
+            message = f"The adapter '{name}' is loaded already. To replace it, set load_inplace to true."
+            raise ApiError(400, message, param="lora_name", code="already_loaded") from None
         param = {"adapter name": "lora_name", "adapter": "lora_path"}.get(error.param, error.param)
         raise ApiError(400, str(error), param=param, code="invalid_value") from None
     except ModelError as error:

@@ -21,13 +21,15 @@ from tokenloom.config import Config
 from tokenloom.errors import TokenloomError
 from tokenloom.serving.adapter_service import AdapterService
 from tokenloom.serving.client import EngineClient
+from tokenloom.serving.slo import SloClasses
 
 
 def create_app(client: EngineClient, config: Config, adapters: AdapterService | None = None) -> Starlette:
     """The HTTP face of `client`, with `adapters` over its model (None: without). The application's lifespan starts
-    and closes both."""
-    metrics = Metrics()
+    and closes both. Raises `InvalidParameter` for SLO classes and keys that cannot be read."""
+    slos = SloClasses(config)
     served = adapters or AdapterService(client, None, model="", options=config.adapters)
+    metrics = Metrics(served.name_of)
     client.subscribe(functools.partial(metrics.on_step, client))
 
     @contextlib.asynccontextmanager
@@ -45,7 +47,7 @@ def create_app(client: EngineClient, config: Config, adapters: AdapterService | 
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
-        middleware=[Middleware(Gate, api_key=config.server.api_key)],
+        middleware=[Middleware(Gate, api_key=config.server.api_key, slo_keys=slos.keys)],
         exception_handlers={
             ApiError: handle_error,
             TokenloomError: handle_error,
@@ -54,5 +56,5 @@ def create_app(client: EngineClient, config: Config, adapters: AdapterService | 
     )
     # A redirect would drop the body of a POST in many clients; a wrong path is a 404.
     app.router.redirect_slashes = False
-    app.state.context = ApiContext(client, config, metrics, served)
+    app.state.context = ApiContext(client, config, metrics, served, slos)
     return app

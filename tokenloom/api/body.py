@@ -128,6 +128,7 @@ def convert(fields: Mapping[str, Any], kind: type[StructT]) -> StructT:
 
 
 _MISSING = re.compile(r"Object missing required field `(.+?)`")
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)` - at `\$\.(.*?)`$", re.DOTALL)
 _EXPECTED = re.compile(r"Expected `(.+?)`, got `(.+?)`")
 _PATH = re.compile(r" - at `\$\.?(.*)`$")
 _TYPE_WORDS = {
@@ -146,6 +147,10 @@ def _translate(text: str, fields: Mapping[str, Any]) -> ApiError:
     found = _PATH.search(text)
     # Keys of maps have no place in msgspec's paths.
     path = found.group(1).replace("[...]", "") if found else ""
+    unknown = _UNKNOWN.match(text)
+    if unknown:
+        name = f"{unknown.group(2)}.{unknown.group(1)[:64]}"
+        return ApiError(400, f"Unknown field {name!r}.", param=name, code="unknown_parameter")
     absent = _MISSING.search(text)
     if absent:
         name = f"{path}.{absent.group(1)}" if path else absent.group(1)

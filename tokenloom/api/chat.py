@@ -36,6 +36,7 @@ async def chat_completions(request: Request) -> Response:
     card = context.card_for(fields.model)
     params = chat_params(fields, card)
     context.check_priority(fields.priority)
+    slo = context.slo_for(request, fields.slo)
     context.check_room(card, 1)
     tokenizer = context.client.tokenizer
     ids, continued = await encode_chat(
@@ -57,6 +58,7 @@ async def chat_completions(request: Request) -> Response:
         priority=fields.priority,
         tenant=fields.cache_salt or "",
         exactness=fields.exactness,
+        slo=slo,
     )
     generation = Generation(context, job)
     form = ChatFormat(generation, fields, tokenizer, fingerprint(card, generation.adapter))

@@ -30,6 +30,7 @@ async def completions(request: Request) -> Response:
     card = context.card_for(fields.model)
     params = completion_params(fields, card)
     context.check_priority(fields.priority)
+    slo = context.slo_for(request, fields.slo)
     tokenizer = context.client.tokenizer
     encoded, texts = await encode_prompts(
         tokenizer,
@@ -60,6 +61,7 @@ async def completions(request: Request) -> Response:
         priority=fields.priority,
         tenant=fields.cache_salt or "",
         exactness=fields.exactness,
+        slo=slo,
     )
     generation = Generation(context, job)
     form = CompletionFormat(generation, fields, tokenizer, fingerprint(card, generation.adapter))

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+import msgspec
 from starlette.requests import Request
 
 from tokenloom.api.errors import unavailable
 from tokenloom.api.metrics import Metrics
+from tokenloom.api.schemas import SloFields
 from tokenloom.config import Config
+from tokenloom.engine.request import Slo
 from tokenloom.errors import EngineDead, InvalidParameter, ModelNotFound, QueueFull
 from tokenloom.serving.adapter_service import NO_ADAPTER, AdapterLease, AdapterService
 from tokenloom.serving.client import EngineClient, ModelCard
+from tokenloom.serving.slo import SloClasses, slo_of
 
 QUEUE_RETRY_SECONDS = 1.0
 MAX_SHOWN_ID = 24
@@ -22,12 +26,13 @@ SHOWN_CONTENT_DIGITS = 12
 
 @dataclass(frozen=True, slots=True)
 class ApiContext:
-    """The engine, the configuration, the metrics and the adapters of one application."""
+    """The engine, the configuration, the metrics, the adapters and the SLO classes of one application."""
 
     client: EngineClient
     config: Config
     metrics: Metrics
     adapters: AdapterService
+    slos: SloClasses
 
     @property
     def max_body_bytes(self) -> int:
@@ -75,6 +80,13 @@ class ApiContext:
         if priority and self.config.scheduler.policy != "priority":
             limit = "0, unless the server runs with --policy priority"
             raise InvalidParameter("priority", priority, limit)
+
+    def slo_for(self, request: Request, given: SloFields | str | None) -> Slo:
+        """What a request asks for, or else the class of its API key. Raises `InvalidParameter`."""
+        if given is None:
+            key_slo = request.state.slo
+            return key_slo if isinstance(key_slo, Slo) else self.slos.find(None)
+        return self.slos.find(given) if isinstance(given, str) else slo_of(msgspec.structs.asdict(given))
 
     def check_room(self, card: ModelCard, num_prompts: int) -> None:
         """Raise `QueueFull` unless `num_prompts` more requests may be in flight."""

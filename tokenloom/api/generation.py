@@ -10,9 +10,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from msgspec import UNSET, UnsetType
+
 from tokenloom.api.context import ApiContext
-from tokenloom.api.responses import FinishReason, PromptTokensDetails, Usage
-from tokenloom.engine.request import Exactness, SequenceDelta, TokenLogprobs
+from tokenloom.api.responses import CompletionTokensDetails, FinishReason, PromptTokensDetails, Usage
+from tokenloom.engine.request import NO_SLO, Exactness, SequenceDelta, Slo, TokenLogprobs
 from tokenloom.engine.request import FinishReason as EngineReason
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.serving.requests import make_request
@@ -49,6 +51,7 @@ class Job:
     priority: int = 0
     tenant: str = ""
     exactness: Exactness = "exact"
+    slo: Slo = NO_SLO
 
 
 class ChoiceDelta(NamedTuple):
@@ -72,12 +75,23 @@ class ChoiceDelta(NamedTuple):
 class _Choice:
     """The state of one choice while its tokens arrive."""
 
-    __slots__ = ("base", "finish_reason", "last_time", "num_tokens", "output", "started")
+    __slots__ = (
+        "base",
+        "finish_reason",
+        "last_time",
+        "num_accepted",
+        "num_drafted",
+        "num_tokens",
+        "output",
+        "started",
+    )
 
     def __init__(self, output: OutputText, base: int) -> None:
         self.output = output
         self.base = base
         self.num_tokens = 0
+        self.num_drafted = 0
+        self.num_accepted = 0
         self.last_time = 0.0
         self.started = False
         self.finish_reason: FinishReason | None = None
@@ -122,6 +136,7 @@ class Generation:
             tenant=job.tenant,
             adapter=self.adapter,
             exactness=job.exactness,
+            slo=job.slo,
         )
         self._choices = [
             _Choice(output_text_of(tokenizer, prompt.token_ids, job.params), len(prompt.echo))
@@ -141,11 +156,19 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """The totals so far."""
+        details: CompletionTokensDetails | UnsetType = UNSET
+        if self._client.card.speculates:
+            accepted = sum(choice.num_accepted for choice in self._choices)
+            drafted = sum(choice.num_drafted for choice in self._choices)
+            details = CompletionTokensDetails(
+                accepted_prediction_tokens=accepted, rejected_prediction_tokens=drafted - accepted
+            )
         return Usage(
             prompt_tokens=self._num_prompt,
             completion_tokens=self._num_output,
             total_tokens=self._num_prompt + self._num_output,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=self._num_cached),
+            completion_tokens_details=details,
         )
 
     async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
@@ -225,6 +248,7 @@ class Generation:
             choice.last_time = now
             self._num_output += num_new
             self._metrics.count("generation_tokens", num_new)
+        choice.num_drafted, choice.num_accepted = delta.num_drafted, delta.num_accepted
         text, offsets = self._detokenise(choice, delta)
         if first:
             choice.started = True

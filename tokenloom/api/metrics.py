@@ -1,13 +1,15 @@
-"""Prometheus metrics. The model's name is the one label, besides the reason, stage or adapter where a name says
-so."""
+"""Prometheus metrics. The model's name is the one label, besides the reason, stage, work, adapter, proposer or
+position where a name says so."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from tokenloom.api.adapter_metrics import AdapterMetrics
+from tokenloom.api.speculation_metrics import SpeculationMetrics
 from tokenloom.engine.plan import StepRecord
 from tokenloom.engine.request import RequestTimings
 from tokenloom.serving.client import EngineClient
@@ -89,10 +91,10 @@ _COUNTERS = {
 class Metrics:
     """All metrics of one application, in a registry of their own.
 
-    `bind` fixes the model's name; until then nothing is counted.
+    `bind` fixes the model's name; until then nothing is counted. `adapter_name` gives the name of a content id.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, adapter_name: Callable[[str], str | None] = lambda content_id: None) -> None:
         self.registry = CollectorRegistry()
         labels = ["model_name"]
         self._parents: dict[str, Any] = {}
@@ -116,10 +118,18 @@ class Metrics:
             ["model_name", "stage"],
             registry=self.registry,
         )
+        self._rows = Counter(
+            PREFIX + "step_rows",
+            "Rows of all steps, by work; those to verify are guessed tokens.",
+            ["model_name", "work"],
+            registry=self.registry,
+        )
         self.adapters = AdapterMetrics(self.registry)
+        self.speculation = SpeculationMetrics(self.registry, adapter_name)
         self._model_name = ""
         self._bound: dict[str, Any] = {}
         self._stage_counters: dict[str, Any] = {}
+        self._row_counters: dict[str, Any] = {}
         self._num_restarts = 0
 
     def bind(self, model_name: str) -> None:
@@ -130,6 +140,9 @@ class Metrics:
         self._bound = {name: parent.labels(model_name) for name, parent in self._parents.items()}
         for reason in ("stop", "length", "abort", "error"):
             self._success.labels(model_name, reason)
+        self._row_counters = {
+            work: self._rows.labels(model_name, work) for work in ("prefill", "decode", "verify")
+        }
 
     def observe(self, name: str, value: float) -> None:
         """Add `value` to a histogram."""
@@ -154,7 +167,11 @@ class Metrics:
         bound["num_requests_running"].set(record.num_running)
         bound["num_requests_waiting"].set(record.num_waiting)
         bound["kv_cache_usage_perc"].set(record.pages_used / max(record.pages_total, 1))
-        bound["iteration_tokens_total"].observe(record.prefill_rows + record.decode_rows)
+        rows = {"prefill": record.prefill_rows, "decode": record.decode_rows, "verify": record.verify_rows}
+        bound["iteration_tokens_total"].observe(sum(rows.values()))
+        for work, count in rows.items():
+            self._row_counters[work].inc(count)
+        self.speculation.on_step(self._model_name, record)
         for name, amount in (
             ("prefix_cache_queries", record.prefix_queries),
             ("prefix_cache_hits", record.prefix_hits),

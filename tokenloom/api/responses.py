@@ -15,13 +15,22 @@ class PromptTokensDetails(Struct, kw_only=True):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Struct, kw_only=True):
+    """Guessed tokens that were verified: those that came true, and the others. The output is the same without."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class Usage(Struct, kw_only=True):
-    """Tokens of a request, over all its prompts and choices."""
+    """Tokens of a request, over all its prompts and choices. `completion_tokens_details` is there where the server
+    speculates."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 class TopLogprob(Struct, kw_only=True):

@@ -34,6 +34,14 @@ class StreamOptions(Struct, kw_only=True):
     continuous_usage_stats: bool | None = None
 
 
+class SloFields(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the request should keep to, in milliseconds: `tpot_ms` per output token after the first, on average, and
+    `ttft_ms` to the first one."""
+
+    tpot_ms: float | None = None
+    ttft_ms: float | None = None
+
+
 class SamplingFields(Struct, kw_only=True):
     """The fields that chat and completions share."""
 
@@ -65,6 +73,10 @@ class SamplingFields(Struct, kw_only=True):
         Literal["exact", "distribution"],
         Meta(description="distribution: speculation keeps the law of a sampled text, not the text."),
     ] = "exact"
+    slo: Annotated[
+        SloFields | str | None,
+        Meta(description="Objectives, or the name of a class of the server (--slo-class)."),
+    ] = None
     priority: Priority = 0
     cache_salt: Salt | None = None
 

@@ -60,7 +60,9 @@ Seed = Annotated[int, typer.Option("--sampling-seed", help="Seed of the sampler;
 
 
 @app.command()
-@configured(("model", "cache", "scheduler", "adapters", "server", "runtime"), model_argument=True)
+@configured(
+    ("model", "cache", "scheduler", "adapters", "speculation", "server", "runtime"), model_argument=True
+)
 def serve(*, config: Config) -> None:
     """Serve a model (the embedded one when none is named) through the OpenAI API."""
     # Imported here so that `tokenloom --help` does not wait for the web server; the same below.
@@ -144,7 +146,7 @@ def quantize(
 
 
 @bench.command()
-@configured(model_argument=True)
+@configured(("model", "cache", "scheduler", "runtime"), model_argument=True)
 def roofline(*, config: Config, as_json: JsonFlag = False) -> None:
     """Measure this machine's limits, and how near each op and each step comes to them."""
     from tokenloom.cli.roofline import run

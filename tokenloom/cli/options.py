@@ -12,7 +12,7 @@ import typer
 
 from tokenloom.config import Config, Knob, knobs, make_config
 
-ENGINE_SECTIONS = ("model", "cache", "scheduler", "runtime")
+ENGINE_SECTIONS = ("model", "cache", "scheduler", "speculation", "runtime")
 
 
 def default_text(entry: Knob) -> str:
@@ -95,10 +95,10 @@ def configured(
 
 
 def changed_from_default(config: Config) -> dict[str, Any]:
-    """Values that differ from their defaults, by flat name; the API key is hidden."""
+    """Values that differ from their defaults, by flat name; API keys are hidden."""
     changed = {}
     for entry in knobs():
         value = getattr(getattr(config, entry.section), entry.name)
         if value != entry.default:
-            changed[entry.name] = "***" if entry.name == "api_key" else value
+            changed[entry.name] = "***" if entry.name in ("api_key", "slo_key") else value
     return changed

@@ -99,6 +99,10 @@ def curl_line(url: str, model: str, *, has_key: bool) -> str:
     return f"curl {url}/v1/chat/completions {headers} -d {shlex.quote(json.dumps(body))}"
 
 
+def _has_key(config: Config) -> bool:
+    return bool(config.server.api_key or config.server.slo_key)
+
+
 def _say(text: str) -> None:
     print(text, flush=True)
 
@@ -143,7 +147,7 @@ async def _serve(config: Config, library: AdapterLibrary, listener: socket.socke
     server = Server(settings, client)
     url = base_url(listener)
     _say(f"listening on {url}")
-    announcement = asyncio.create_task(_announce(client, adapters, server, url, bool(config.server.api_key)))
+    announcement = asyncio.create_task(_announce(client, adapters, server, url, _has_key(config)))
     try:
         await server.serve(sockets=[listener])
     finally:

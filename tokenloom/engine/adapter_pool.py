@@ -231,7 +231,10 @@ class AdapterPool:
         """
         count = self.source.num_pages(adapter)
         while self.pages.num_free < count:
-            if not (self.evict_one(over_waiters=over_waiters) or free_frame()):
+            if self.evict_one(over_waiters=over_waiters):
+                continue
+            # Frames do not help where adapters have all they may have.
+            if self.pages.max_pages - self.pages.num_used < count or not free_frame():
                 return False
         pages = np.array([self.pages.allocate() for _ in range(count)], np.int32)
         frames = tuple(np.unique(pages // self.pages.pages_per_frame).tolist())

@@ -285,6 +285,7 @@ class Engine:
             decode_rows=num_decodes,
             verify_rows=num_nodes,
             num_accepted=sum(len(nodes) for nodes in scheduler.accepted.values()),
+            speculation=self.speculator.report(),
             context_tokens=sum(run.end for run in plan.runs),
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting) + len(scheduler.parked),

@@ -57,13 +57,38 @@ class Plan:
         self.runs[:] = kept
 
 
+class PlaceCounts(NamedTuple):
+    """How often in one step a proposer suggested something at `depth` (from 1) below a path that came true, and how
+    often something that came true, for sequences with `adapter` ("": none)."""
+
+    proposer: str
+    adapter: str
+    depth: int
+    tested: int
+    accepted: int
+
+
+@dataclass(slots=True)
+class StepSpeculation:
+    """What speculation did in one step: `num_trees` sequences had a tree, and `accepted_by_depth[i]` of them took a
+    token of depth i + 1. `skipped`: sequences decoded and none had a tree. `seconds_saved` may be below 0; see
+    `SpeculationStats`.
+    """
+
+    num_trees: int = 0
+    accepted_by_depth: list[int] = field(default_factory=list)
+    places: list[PlaceCounts] = field(default_factory=list)
+    skipped: bool = False
+    seconds_saved: float = 0.0
+
+
 @dataclass(slots=True)
 class StepRecord:
     """What one step did. Metrics, the cost model and the simulator read this one record.
 
     Rows by work (`verify_rows`: nodes of trees, whose roots are decode rows; `num_accepted` of them became tokens),
     sequences by state after the step, pages by use, `seconds` by phase (plan, build, execute,
-    commit), and counts of events in the step.
+    commit), and counts of events in the step. `speculation` is None where nothing is proposed.
     """
 
     step: int
@@ -87,3 +112,4 @@ class StepRecord:
     adapters_evicted: int = 0
     verify_rows: int = 0
     num_accepted: int = 0
+    speculation: StepSpeculation | None = None

@@ -82,7 +82,8 @@ class SequenceDelta(NamedTuple):
     `prompt_logprobs` (for prompt tokens 1..P-1) comes once, with the first delta. `stop` is the stop string or
     stop token id that ended the sequence. The last delta of a sequence has a `finish_reason`, and `last`
     marks the last delta of the whole request. `embedding` comes with the last delta of a request with
-    `pooling`: float32 [width of the model], little-endian, not normalised.
+    `pooling`: float32 [width of the model], little-endian, not normalised. `num_drafted` and `num_accepted` are of
+    the sequence so far: guessed tokens that were verified, and those that came true.
     """
 
     request_id: str
@@ -96,6 +97,8 @@ class SequenceDelta(NamedTuple):
     last: bool
     timings: RequestTimings | None
     embedding: bytes | None = None
+    num_drafted: int = 0
+    num_accepted: int = 0
 
 
 class StopChecker(Protocol):

@@ -338,8 +338,7 @@ class Scheduler:
         self.accepted.clear()
         for seq, _, end in plan.runs:
             seq.num_computed = end
-            if end > seq.num_stored:
-                seq.num_stored = end
+            seq.num_stored = max(seq.num_stored, end)
             if end // PAGE_SIZE > seq.num_registered:
                 self._register(seq, end)
         deltas: list[SequenceDelta] = []
@@ -457,8 +456,7 @@ class Scheduler:
         last = False
         timings = None
         if done:
-            sequences = self.live[request.request_id]
-            last = all(s.finish_reason is not None for s in sequences)
+            last = all(s.finish_reason is not None for s in self.live[request.request_id])
             if last:
                 del self.live[request.request_id]
                 self._ended.append(request.adapter)
@@ -475,6 +473,8 @@ class Scheduler:
             last,
             timings,
             seq.embedding() if done else None,
+            seq.num_drafted,
+            seq.num_accepted,
         )
 
     def _fork(self, leader: Sequence, now: float) -> None:

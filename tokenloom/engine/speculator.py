@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 from tokenloom.clock import Clock, MonotonicClock
 from tokenloom.engine.batch import PAGE_SIZE, Executor, StepResult, TokenBatch
-from tokenloom.engine.plan import Plan
+from tokenloom.engine.plan import PlaceCounts, Plan, StepSpeculation
 from tokenloom.engine.policies.acceptance import AcceptanceTable
 from tokenloom.engine.policies.latency_curve import LatencyCurve
 from tokenloom.engine.policies.pace import (
@@ -134,6 +134,8 @@ class Speculator:
         self.vocab_size = 0
         """Of the engine, which sets it."""
         self._judge = judge
+        self._step = StepSpeculation()
+        self._step_places: dict[tuple[str, str, int], Acceptance] = {}
         self._levels = AcceptanceTable(ranks=MAX_NODES)
         self._clock = clock or MonotonicClock()
         self._shapes = ShapeRule(max_depth=self.limits.max_depth, max_width=self.limits.width)
@@ -156,9 +158,12 @@ class Speculator:
             return
         self._keys = sum(run.end for run in plan.runs)
         self._propose_seconds = 0.0
+        self._step = StepSpeculation()
+        self._step_places.clear()
         awake = [number for number, source in enumerate(self.sources) if not source.rests()]
         if not awake:
             self.stats.skipped += 1
+            self._step.skipped = True
             return
         decoding = [
             run.seq
@@ -179,6 +184,7 @@ class Speculator:
             self.stats.steps += 1
         elif decoding:
             self.stats.skipped += 1
+            self._step.skipped = True
 
     def _shares(self, scheduler: Scheduler, wanted: list[Sequence], room: int) -> dict[Sequence, int]:
         """Nodes that each proposer may draw for sequences that are judged; there are rows and slots for them.
@@ -345,19 +351,24 @@ class Speculator:
                 self._paces[seq].produced += 1 + len(accepted.get(seq, ()))
 
     def _count(self, plan: Plan, accepted: dict[Sequence, list[int]], seconds: float) -> None:
-        stats = self.stats
+        stats, step = self.stats, self._step
         guessed = 0
         for seq, tree in plan.trees.items():
             nodes = accepted.get(seq, [])
             guessed += len(nodes)
             stats.num_drafted += len(tree)
             stats.num_accepted += len(nodes)
+            step.accepted_by_depth += [0] * (len(nodes) - len(step.accepted_by_depth))
+            for depth in range(len(nodes)):
+                step.accepted_by_depth[depth] += 1
             self._learn(seq, tree, nodes)
+        step.num_trees = len(plan.trees)
         if self.curve.known:
             num_nodes = sum(len(tree) for tree in plan.trees.values())
             plain = self.curve.seconds(plan.num_rows - num_nodes, self._keys)
             gained = plain * guessed / len(plan.trees)
-            stats.seconds_saved += gained + plain - seconds - self._propose_seconds
+            step.seconds_saved = gained + plain - seconds - self._propose_seconds
+            stats.seconds_saved += step.seconds_saved
 
     def _learn(self, seq: Sequence, tree: TokenTree, nodes: list[int]) -> None:
         adapter = _learned_as(seq)
@@ -378,9 +389,21 @@ class Speculator:
         for (number, depth), hit in levels.items():
             self._levels.observe(number, adapter, depth - 1, LEVEL_PRIOR, hit)
             place = (self.sources[number].proposer.name, seq.request.adapter, depth)
-            found = self.stats.by_place.setdefault(place, Acceptance())
-            found.tested += 1
-            found.accepted += hit
+            for places in (self.stats.by_place, self._step_places):
+                found = places.get(place)
+                if found is None:
+                    found = places[place] = Acceptance()
+                found.tested += 1
+                found.accepted += hit
+
+    def report(self) -> StepSpeculation | None:
+        """What the last step did; None without proposers."""
+        if not self.sources:
+            return None
+        self._step.places = [
+            PlaceCounts(*place, found.tested, found.accepted) for place, found in self._step_places.items()
+        ]
+        return self._step
 
     def forget(self, seq: Sequence) -> None:
         """`seq` has stopped running. One that was preempted starts anew on its pace: its client has seen the pause,

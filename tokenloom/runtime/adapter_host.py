@@ -35,17 +35,18 @@ class AdapterHost:
         self._backend = backend
         self._images: dict[str, AdapterImage] = {}
 
-    def add(self, adapter: str, path: Path) -> None:
-        """Know the adapter whose image is at `path`; a known one stays as it is. Nothing of it is read yet but the
-        layout. Raises `ModelError` for what is no image, or one of another format."""
+    def add(self, adapter: str, path: Path) -> bool:
+        """Know the adapter whose image is at `path`; a known one stays as it is. Whether it was unknown. Nothing of
+        it is read yet but the layout. Raises `ModelError` for what is no image, or one of another format."""
         if adapter in self._images:
-            return
+            return False
         image = AdapterImage.open(path)
         found = AdapterFormat(image.layout.dtype, image.layout.page_bytes)
         if found != self.format:
             raise ModelError(f"{path} of {found}", f"{self.format}")
         image.will_need(0, min(image.layout.num_pages, _READ_AHEAD // found.page_bytes))
         self._images[adapter] = image
+        return True
 
     def num_pages(self, adapter: str) -> int:
         """Pages of a known adapter; KeyError for an unknown one."""
@@ -78,14 +79,16 @@ def offer_adapter(engine: Engine, host: AdapterHost | None, adapter: str, image:
     """Let requests of `engine`, whose source is `host`, have the adapter whose image is at `image`.
 
     Raises `ModelError` as `AdapterHost.add`, `InvalidParameter` where the pool could never hold it, and
-    `UnsupportedFeature` for an executor without adapters; it is then unknown as before.
+    `UnsupportedFeature` for an executor without adapters; it is then known or unknown as before.
     """
     if host is None:
         raise UnsupportedFeature("adapters", "the executor of this engine has none")
-    host.add(adapter, image)
+    is_new = host.add(adapter, image)
     try:
         engine.adapters.check(adapter)
     except InvalidParameter:
-        host.forget(adapter)
+        # One that is known may serve other names, and requests that run or wait.
+        if is_new:
+            host.forget(adapter)
         raise
     engine.adapters.revive(adapter)

@@ -17,7 +17,7 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from tokenloom.adapters.adapter import Adapter
 from tokenloom.adapters.peft_directory import read_adapter
 from tokenloom.adapters.registry import AdapterRegistry, RegisteredAdapter, check_name
 from tokenloom.adapters.store import AdapterStore
-from tokenloom.errors import InvalidParameter, ModelError, TokenloomError
+from tokenloom.errors import EngineDead, InvalidParameter, ModelError, TokenloomError
 from tokenloom.kernels.adapter_image import AdapterImage, make_image
 from tokenloom.kernels.program import Program
 from tokenloom.models.model_files import open_checkpoint
@@ -171,18 +171,37 @@ class AdapterLibrary:
 def check_adapter_name(name: str, model: str) -> None:
     """Raise `InvalidParameter` unless `name` can stand beside the `model` in requests, alone and as model:name."""
     check_name(name)
-    if ":" in name or name == model:
+    if ":" in name:
         raise InvalidParameter(
-            "adapter name", name, f"a name without ':' other than that of the model, {model!r}"
+            "adapter name", name, "a name without ':', which requests put behind the model's"
         )
+    if name == model:
+        raise InvalidParameter("adapter name", name, "another name than that of the model")
 
 
-def split_option(text: str) -> tuple[str, str]:
-    """Name and directory of NAME=DIRECTORY. Raises `InvalidParameter`."""
-    name, sign, directory = text.partition("=")
-    if not (name and sign and directory):
-        raise InvalidParameter("adapter", text, "NAME=DIRECTORY")
-    return name, directory
+def named_directories(options: Iterable[str]) -> dict[str, str]:
+    """The directories that options of the form NAME=DIRECTORY give, by name. Raises `InvalidParameter` for one of
+    another form, and for a name that is given twice."""
+    found: dict[str, str] = {}
+    for text in options:
+        name, sign, directory = text.partition("=")
+        if not (name and sign and directory):
+            raise InvalidParameter("adapter", text, "NAME=DIRECTORY")
+        if name in found:
+            raise InvalidParameter("adapter", text, f"another name than that of {found[name]}")
+        found[name] = directory
+    return found
+
+
+@contextmanager
+def reported(name: str) -> Iterator[None]:
+    """Log errors of an adapter; a dead engine is none of them."""
+    try:
+        yield
+    except EngineDead:
+        raise
+    except TokenloomError as error:
+        log.error("adapter %s: %s", name, error)
 
 
 def _sound_pages(path: Path) -> int | None:

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +23,13 @@ from tokenloom.adapters.registry import RegisteredAdapter
 from tokenloom.adapters.watch import Scan, changes, scan
 from tokenloom.config import AdapterOptions
 from tokenloom.engine.adapter_pool import AdapterUse
-from tokenloom.errors import EngineDead, InvalidParameter, ModelError, TokenloomError, UnsupportedFeature
+from tokenloom.errors import EngineDead, InvalidParameter, ModelError, UnsupportedFeature
 from tokenloom.serving.adapter_library import (
     AdapterLibrary,
     PreparedAdapter,
     check_adapter_name,
-    split_option,
+    named_directories,
+    reported,
 )
 from tokenloom.serving.client import EngineClient
 
@@ -120,6 +121,10 @@ class AdapterService:
         """What a request means by `model`: the name of an adapter, alone or behind that of the model and ':'."""
         return self._served.get(model.removeprefix(f"{self._model}:"))
 
+    def name_of(self, content_id: str) -> str | None:
+        """A name that stands for a content now, None where there is none."""
+        return next((name for name, one in self._served.items() if one.content_id == content_id), None)
+
     def lease(self, name: str) -> AdapterLease:
         """The content that `name` stands for now, for one request. Raises KeyError for an unknown name."""
         served = self._served[name]
@@ -148,15 +153,19 @@ class AdapterService:
         if library is None:
             return
         for entry, prepared in library.restore_all().values():
-            with _reported(entry.name):
+            with reported(entry.name):
                 check_adapter_name(entry.name, self._model)
                 self._served[entry.name] = ServedAdapter(entry, prepared)
-        for name, directory in map(split_option, self._options.adapter):
+        named = named_directories(self._options.adapter)
+        for name, directory in named.items():
             self._take(library, name, directory)
         if self._options.adapter_dir:
             self._known = scan(self._options.adapter_dir)
             for name in self._known:
-                with _reported(name):
+                if name in named:
+                    self._report_taken(name)
+                    continue
+                with reported(name):
                     self._take(library, name, self._watched(name))
             for name in self.names():
                 if self._is_watched(name) and name not in self._known:
@@ -169,7 +178,7 @@ class AdapterService:
         """Wait until the first engine has answered for what `load_configured` found. Raises what it says of an
         adapter that was named in the options; others that it does not take are reported and left out."""
         await self._client.adapters.uses()
-        named = {name for name, _ in map(split_option, self._options.adapter)}
+        named = named_directories(self._options.adapter)
         for name in self.names():
             error = self._client.adapters.refusal(self._served[name].content_id)
             if error is None:
@@ -211,7 +220,7 @@ class AdapterService:
                 served.num_requests, served.last_used = before.num_requests, before.last_used
                 await self._leave(before)
                 if before.pinned:
-                    with contextlib.suppress(EngineDead), _reported(name):
+                    with contextlib.suppress(EngineDead), reported(name):
                         await self._set_pin(served, on=True)
             return served
 
@@ -257,7 +266,7 @@ class AdapterService:
         """Forget a content if it was held no longer. The turn must be taken: nobody is about to hold it then."""
         if self._library is not None and not self._is_held(content_id):
             self._client.adapters.retire(content_id)
-            with _reported(content_id):
+            with reported(content_id):
                 await self._in_worker(self._library.discard, content_id)
 
     def _release(self, content_id: str) -> None:
@@ -316,24 +325,27 @@ class AdapterService:
             for name in wanted.forget:
                 del known[name]
                 if self._is_watched(name):
-                    with contextlib.suppress(KeyError), _reported(name):
+                    with contextlib.suppress(KeyError), reported(name):
                         await self.unload(name)
             self._known = known
 
     async def _follow(self, name: str) -> bool:
         """Load what has come or changed; False: try again without a change, the engine was not there."""
         if name in self._served and not self._is_watched(name):
-            log.error("adapter %s in %s has the name of another one", name, self._options.adapter_dir)
+            self._report_taken(name)
             return True
         try:
-            with _reported(name):
+            with reported(name):
                 await self.load(name, self._watched(name))
         except EngineDead:
             return False
         return True
 
+    def _report_taken(self, name: str) -> None:
+        log.error("adapter %s in %s has the name of another one", name, self._options.adapter_dir)
+
     def _watched(self, name: str) -> str:
-        return os.path.join(self._options.adapter_dir, name)
+        return os.path.join(os.path.abspath(self._options.adapter_dir), name)
 
     def _is_watched(self, name: str) -> bool:
         return name in self._served and self._served[name].entry.source == self._watched(name)
@@ -350,18 +362,8 @@ class AdapterService:
 def _register(
     library: AdapterLibrary, name: str, prepared: PreparedAdapter, directory: str | Path, base: str | None
 ) -> RegisteredAdapter:
-    return library.registry.set(name, prepared.content_id, source=os.fspath(directory), base_model_name=base)
-
-
-@contextlib.contextmanager
-def _reported(name: str) -> Iterator[None]:
-    """Log errors of an adapter; a dead engine is none of them."""
-    try:
-        yield
-    except EngineDead:
-        raise
-    except TokenloomError as error:
-        log.error("adapter %s: %s", name, error)
+    source = os.path.abspath(directory)
+    return library.registry.set(name, prepared.content_id, source=source, base_model_name=base)
 
 
 def _be_nice() -> None:

@@ -252,4 +252,5 @@ def _card(config: Config, model: LoadedModel, executor: LocalExecutor, engine: E
         default_sampling=model.generation.as_sampling(),
         hidden_size=model.config.hidden_size,
         matryoshka=model.config.matryoshka,
+        speculates=bool(engine.speculator.sources),
     )

@@ -21,7 +21,7 @@ class ModelCard:
     """What the API says about the served model. `max_context` is in tokens, `created` in Unix seconds;
     `max_requests` is how many may be in flight before 429; `default_sampling` is what generation_config.json
     says, by the names of `SamplingParams`. Embeddings have `hidden_size` numbers, and may be cut to the lengths
-    in `matryoshka` (empty: any, None: none)."""
+    in `matryoshka` (empty: any, None: none). `speculates` says whether tokens are guessed."""
 
     name: str
     created: int
@@ -33,6 +33,7 @@ class ModelCard:
     default_sampling: dict[str, float | int] = field(default_factory=dict)
     hidden_size: int = 0
     matryoshka: tuple[int, ...] | None = None
+    speculates: bool = False
 
 
 class AdapterControl(Protocol):

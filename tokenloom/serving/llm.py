@@ -15,7 +15,7 @@ from types import FrameType, TracebackType
 from typing import Any, Final, NamedTuple
 
 from tokenloom.config import Config, make_config
-from tokenloom.engine.request import Exactness, Pooling, Request
+from tokenloom.engine.request import Exactness, Pooling, Request, Slo
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import InvalidParameter, TokenloomError
 from tokenloom.serving.assembly import EngineParts, build_engine
@@ -24,6 +24,7 @@ from tokenloom.serving.local_adapters import LocalAdapters
 from tokenloom.serving.outputs import Collected, EmbeddingRequestOutput, RequestOutput
 from tokenloom.serving.progress import ConsoleLoad, RequestBar
 from tokenloom.serving.requests import check_dimensions, embedding_request, make_request, num_kept
+from tokenloom.serving.slo import SloChoice, SloClasses
 from tokenloom.serving.threads import set_blas_threads
 from tokenloom.text.tokenizer import Tokenizer
 
@@ -64,6 +65,7 @@ class LLM:
 
     def __init__(self, model: str = "", **options: Any) -> None:
         config = make_config({"model": str(model), **options})
+        SloClasses(config)  # a class that cannot be read is refused before anything is loaded
         if config.runtime.threads > 0 and not set_blas_threads(config.runtime.threads):
             log.warning("threads=%d has no effect: no OpenBLAS is loaded", config.runtime.threads)
         self._set_up(config, build_engine(config, ConsoleLoad()))
@@ -78,6 +80,7 @@ class LLM:
     def _set_up(self, config: Config, parts: EngineParts) -> None:
         self.config = config
         self._parts = parts
+        self._slos = SloClasses(config)
         self._request_ids = itertools.count()
         self._turn = threading.Lock()
         self._token_texts: dict[int, str] = {}
@@ -114,6 +117,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: AdapterChoice | Sequence[AdapterChoice] = None,
+        slo: SloChoice | Sequence[SloChoice] = None,
         exactness: Exactness = "exact",
         progress: bool | None = None,
         use_tqdm: bool = True,
@@ -121,14 +125,18 @@ class LLM:
         """Complete the prompts; the results are in their order.
 
         `sampling_params` is one for all or one for each (None: the model's defaults), and so is `adapter`: the
-        name of one, its directory, or None for the model itself. With `exactness` "distribution", speculation keeps
-        the law of sampled texts instead of the texts (docs/speculation-sampling.md). `progress` draws a bar
+        name of one, its directory, or None for the model itself. `slo` decides a request's pace, never its output:
+        {"tpot_ms": 40, "ttft_ms": 500}, a class of the option `slo_class`, one for all or one for each. With
+        `exactness` "distribution", speculation keeps the law of sampled texts instead of the texts
+        (docs/speculation-sampling.md). `progress` draws a bar
         for 8 prompts and more (None: where stderr is a terminal); `use_tqdm=False`, as in vLLM, draws none.
         Every request is checked before any is added: `InvalidParameter` or `ContextLengthExceeded` leaves
         the engine as it was. Ctrl-C cancels what runs after the step in flight.
         """
         tokenized = self._tokenize(_prompt_list(prompts), True)
-        return self._generate(tokenized, sampling_params, adapter, exactness, progress if use_tqdm else False)
+        return self._generate(
+            tokenized, sampling_params, adapter, slo, exactness, progress if use_tqdm else False
+        )
 
     def chat(
         self,
@@ -138,6 +146,7 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         adapter: AdapterChoice | Sequence[AdapterChoice] = None,
+        slo: SloChoice | Sequence[SloChoice] = None,
         exactness: Exactness = "exact",
         progress: bool | None = None,
         use_tqdm: bool = True,
@@ -161,7 +170,9 @@ class LLM:
                 )
             )
         tokenized = self._tokenize(texts, False)
-        return self._generate(tokenized, sampling_params, adapter, exactness, progress if use_tqdm else False)
+        return self._generate(
+            tokenized, sampling_params, adapter, slo, exactness, progress if use_tqdm else False
+        )
 
     # --- adapters ----------------------------------------------------------------------------------------
 
@@ -253,11 +264,13 @@ class LLM:
         prompts: list[_Tokenized],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         adapter: AdapterChoice | Sequence[AdapterChoice],
+        slo: SloChoice | Sequence[SloChoice],
         exactness: Exactness,
         progress: bool | None,
     ) -> list[RequestOutput]:
         params = self._params_list(sampling_params, len(prompts))
         chosen = _adapter_list(adapter, len(prompts))
+        slos = [self._slos.find(one) for one in _slo_list(slo, len(prompts))]
         tokenizer = self._parts.tokenizer
 
         def requests() -> list[_Asked]:
@@ -271,10 +284,11 @@ class LLM:
                         request_id=str(next(self._request_ids)),
                         adapter=contents[one],
                         exactness=exactness,
+                        slo=pace,
                     ),
                     prompt.text,
                 )
-                for prompt, own, one in zip(prompts, params, chosen, strict=True)
+                for prompt, own, one, pace in zip(prompts, params, chosen, slos, strict=True)
             ]
 
         collected = self._serve(requests, progress)
@@ -373,6 +387,16 @@ def _adapter_list(given: AdapterChoice | Sequence[AdapterChoice], count: int) ->
     if not isinstance(given, Sequence) or len(given) != count:
         raise InvalidParameter("adapter", given, f"one, or one for each of {count} prompts")
     return list(given)
+
+
+def _slo_list(given: SloChoice | Sequence[SloChoice], count: int) -> list[SloChoice]:
+    """The SLO of each of `count` prompts; an `Slo` is a tuple itself."""
+    if given is None or isinstance(given, (str, Slo, Mapping)):
+        return [given] * count
+    choices: Sequence[SloChoice] = given
+    if not isinstance(choices, Sequence) or len(choices) != count:
+        raise InvalidParameter("slo", given, f"one, or one for each of {count} prompts")
+    return list(choices)
 
 
 def _text_or_ids(prompt: Prompt) -> tuple[str | None, list[int] | None]:

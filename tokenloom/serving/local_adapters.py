@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
 from tokenloom.adapters.watch import AdapterStamp, scan, stamp
-from tokenloom.config import Config
+from tokenloom.config import AdapterOptions, Config
 from tokenloom.engine.engine import Engine
 from tokenloom.errors import InvalidParameter, TokenloomError
 from tokenloom.runtime.adapter_host import AdapterHost, offer_adapter
@@ -14,9 +15,12 @@ from tokenloom.serving.adapter_library import (
     AdapterLibrary,
     PreparedAdapter,
     check_adapter_name,
-    split_option,
+    named_directories,
+    reported,
 )
 from tokenloom.serving.assembly import EngineParts, open_library
+
+log = logging.getLogger(__name__)
 
 
 class LocalAdapters:
@@ -44,7 +48,9 @@ class LocalAdapters:
         prepared, base = library.prepare(directory)
         try:
             self._offer(prepared)
-            library.registry.set(name, prepared.content_id, source=os.fspath(directory), base_model_name=base)
+            library.registry.set(
+                name, prepared.content_id, source=os.path.abspath(directory), base_model_name=base
+            )
         except BaseException:
             self._drop(prepared)
             raise
@@ -98,18 +104,27 @@ class LocalAdapters:
             self._library = open_library(self._config)
             try:
                 for name, (_, prepared) in self._library.restore_all().items():
-                    self._offer(prepared)
-                    self._names[name] = prepared
-                for name, directory in map(split_option, self._config.adapters.adapter):
-                    self.load(name, directory)
-                if self._config.adapters.adapter_dir:
-                    for name in scan(self._config.adapters.adapter_dir):
-                        self.load(name, Path(self._config.adapters.adapter_dir, name))
+                    with reported(name):
+                        self._offer(prepared)
+                        self._names[name] = prepared
+                self._load_configured(self._config.adapters)
             except BaseException:
                 self._library.close()
                 self._library = None
                 raise
         return self._library
+
+    def _load_configured(self, options: AdapterOptions) -> None:
+        """Those that were named must be there; of a directory, what cannot be read is reported and left out."""
+        named = named_directories(options.adapter)
+        for name, directory in named.items():
+            self.load(name, directory)
+        for name in scan(options.adapter_dir) if options.adapter_dir else ():
+            if name in named:
+                log.error("adapter %s in %s has the name of another one", name, options.adapter_dir)
+                continue
+            with reported(name):
+                self.load(name, Path(options.adapter_dir, name))
 
     def _offer(self, prepared: PreparedAdapter) -> None:
         offer_adapter(self._engine, self._host, prepared.content_id, prepared.image)

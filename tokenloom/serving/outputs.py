@@ -34,6 +34,8 @@ class CompletionOutput:
 
     `token_ids` has every token that was generated, also the one that ended the text; `text` is without it
     unless `include_stop_str_in_output`. `cumulative_logprob` and `logprobs` are None where none were asked.
+    `num_drafted_tokens` were guessed for it and verified, `num_accepted_tokens` of them came true; the output is the
+    same without.
     """
 
     index: int
@@ -43,6 +45,8 @@ class CompletionOutput:
     logprobs: list[TokenLogprobMap] | None
     finish_reason: Literal["stop", "length", "cancelled", "error"] | None
     stop_reason: str | int | None
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -177,6 +181,8 @@ class Collected:
             logprobs=None if entries is None else [_logprob_map(entry, decode_token) for entry in entries],
             finish_reason=finish_reason,
             stop_reason=stop,
+            num_drafted_tokens=0 if end is None else end.num_drafted,
+            num_accepted_tokens=0 if end is None else end.num_accepted,
         )
 
 

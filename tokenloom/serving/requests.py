@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Final, get_args
 
-from tokenloom.engine.request import Exactness, Pooling, Request
+from tokenloom.engine.request import NO_SLO, Exactness, Pooling, Request, Slo
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import InvalidParameter, UnsupportedFeature
 from tokenloom.serving.client import ModelCard
@@ -24,6 +24,7 @@ def make_request(
     program_id: str = "",
     adapter: str = "",
     exactness: Exactness = "exact",
+    slo: Slo = NO_SLO,
 ) -> Request:
     """The request for a tokenised prompt, with `params.bad_words` resolved to token ids; `adapter` is a content id.
 
@@ -42,6 +43,7 @@ def make_request(
         adapter=adapter,
         exactness=exactness,
         bad_word_ids=tuple(bad_word_ids(tokenizer, params.bad_words)) if params.bad_words else (),
+        slo=slo,
     )
 
 
