@@ -62,6 +62,7 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
         ("priority", 1, "0, unless the server runs with --policy priority"),
         ("priority", -1, "0, unless the server runs with --policy priority"),
         ("cache_salt", "", "length"),
+        ("exactness", "roughly", "roughly"),
     ],
 )
 def test_limits_name_field_value_and_limit(server: Server, field: str, value: Any, limit: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from tokenloom.clock import VirtualClock
 from tokenloom.engine.batch import PAGE_SIZE, StepResult, Ticket, TokenBatch, TopLogprobs
+from tokenloom.errors import UnsupportedFeature
 
 PRIME = (1 << 61) - 1
 
@@ -71,6 +72,9 @@ class ShadowExecutor:
         logprobs = np.array([int(prints[r]) % 9973 for r in rows.rows.tolist()], np.float32)
         hidden = np.stack([prints % 9973, prints % 9967], axis=1)[batch.hidden_rows].astype(np.float32)
         return StepResult(np.array(tokens, np.int32), logprobs, top, hidden=hidden)
+
+    def logits(self, rows: np.ndarray) -> np.ndarray:
+        raise UnsupportedFeature("logits", "fingerprints have none")
 
     def move_slots(self, moves: np.ndarray) -> None:
         for source, target in moves.tolist():

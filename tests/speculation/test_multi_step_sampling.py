@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tokenloom.engine.token_tree import ROOT, TokenTree
+from tokenloom.engine.token_tree import ROOT, Draws, Regime, TokenTree
 from tokenloom.kernels.noise import Purpose, token_bits
 from tokenloom.speculation.multi_step_sampling import (
     Coins,
-    Draws,
     Float64,
     PhiloxCoins,
-    Regime,
     Verdict,
     draw,
     naive,

@@ -57,6 +57,7 @@ async def chat_completions(request: Request) -> Response:
         params=params,
         priority=fields.priority,
         tenant=fields.cache_salt or "",
+        exactness=fields.exactness,
         slo=slo,
     )
     generation = Generation(context, job)

@@ -14,7 +14,7 @@ from msgspec import UNSET, UnsetType
 
 from tokenloom.api.context import ApiContext
 from tokenloom.api.responses import CompletionTokensDetails, FinishReason, PromptTokensDetails, Usage
-from tokenloom.engine.request import NO_SLO, SequenceDelta, Slo, TokenLogprobs
+from tokenloom.engine.request import NO_SLO, Exactness, SequenceDelta, Slo, TokenLogprobs
 from tokenloom.engine.request import FinishReason as EngineReason
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.serving.requests import make_request
@@ -50,6 +50,7 @@ class Job:
     params: SamplingParams
     priority: int = 0
     tenant: str = ""
+    exactness: Exactness = "exact"
     slo: Slo = NO_SLO
 
 
@@ -134,6 +135,7 @@ class Generation:
             priority=job.priority,
             tenant=job.tenant,
             adapter=self.adapter,
+            exactness=job.exactness,
             slo=job.slo,
         )
         self._choices = [

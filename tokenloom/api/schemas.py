@@ -69,6 +69,10 @@ class SamplingFields(Struct, kw_only=True):
     prompt_logprobs: int | None = None
     echo: bool = False
     return_token_ids: bool = False
+    exactness: Annotated[
+        Literal["exact", "distribution"],
+        Meta(description="distribution: speculation keeps the law of a sampled text, not the text."),
+    ] = "exact"
     slo: Annotated[
         SloFields | str | None,
         Meta(description="Objectives, or the name of a class of the server (--slo-class)."),

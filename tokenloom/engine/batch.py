@@ -216,6 +216,10 @@ class Executor(Protocol):
     def collect(self, ticket: Ticket) -> StepResult:
         """Wait for the batch; returns one entry per logit row, and one row of `hidden` per hidden row."""
 
+    def logits(self, rows: Int32) -> Float32:
+        """fp32 [n, vocabulary]: what the last batch that was collected gave for at most 64 rows that are among its
+        logit rows. Raises `UnsupportedFeature` where there are none."""
+
     def move_slots(self, moves: Int64) -> None:
         """Between steps: copy K and V of whole slots, int64 [C, 2] (source, destination; page * PAGE_SIZE + offset),
         one move after the other. Raises ValueError for a slot outside the pool, before anything is copied."""

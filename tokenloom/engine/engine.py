@@ -133,6 +133,7 @@ class Engine:
                 "n", params.n, f"at most {self.max_running}, the sequences that run at once"
             )
         params.check_vocabulary(self.limits.vocab_size)
+        self.speculator.check_request(request)
         if request.pooling is not None:
             check_pooling(request)
 
@@ -241,6 +242,7 @@ class Engine:
             batch.check()
         built = perf_counter()
         result = self.executor.collect(self.executor.submit(batch))
+        self.speculator.judge(plan, batch, result, self.executor)
         executed = perf_counter()
         self.adapters.fetch_slice.stepped(result.seconds)
         deltas = self.scheduler.commit(plan, result, self.clock.now())

@@ -50,6 +50,11 @@ class Request:
     slo: Slo = NO_SLO
     arrival: float = -1.0
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether trees for it are verified by rejection; a greedy text has but one law and needs none."""
+        return self.exactness == "distribution" and self.params.temperature > 0
+
 
 class TokenLogprobs(NamedTuple):
     """Logprobs of one position: the chosen (or given) token, its logprob and rank (from 1), and the best

@@ -2,6 +2,7 @@
 
 Nothing here changes an output. Each row of a tree samples with the noise of its own (seed, position), so the text
 is that of plain decoding whatever was proposed (DESIGN.md, Noise); trees only change how many tokens a step commits.
+Requests of the exactness class `distribution` are the exception: a `Judge` decides their tokens, by the same law.
 How many rows are verified, and for whom, is decided as in Li et al., "AdaServe" (EuroSys 2026); see policies/pace.py.
 """
 
@@ -10,10 +11,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from tokenloom.clock import Clock, MonotonicClock
-from tokenloom.engine.batch import PAGE_SIZE
+from tokenloom.engine.batch import PAGE_SIZE, Executor, StepResult, TokenBatch
 from tokenloom.engine.plan import PlaceCounts, Plan, StepSpeculation
 from tokenloom.engine.policies.acceptance import AcceptanceTable
 from tokenloom.engine.policies.latency_curve import LatencyCurve
@@ -28,9 +29,11 @@ from tokenloom.engine.policies.pace import (
 )
 from tokenloom.engine.policies.tree_selection import FULL, RankedTrees, SelectionPolicy
 from tokenloom.engine.proposer import Proposal, Proposer, Wanted
+from tokenloom.engine.request import Request
 from tokenloom.engine.scheduler import Scheduler
 from tokenloom.engine.sequence import Sequence
 from tokenloom.engine.token_tree import MAX_NODES, ROOT, TokenTree, merge
+from tokenloom.errors import UnsupportedFeature
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +78,14 @@ _REST = 8
 """Steps for which a proposer that does not pay is left alone: asking whether it does costs something too."""
 
 
+class Judge(Protocol):
+    """Decides the tokens of sequences whose request `is_judged`; speculation/rejection_judge.py does."""
+
+    def __call__(self, plan: Plan, batch: TokenBatch, result: StepResult, executor: Executor) -> None:
+        """Rewrite tokens and logprobs of `result` along one path of each such sequence's tree, from its root on.
+        The executor still has the logits of `batch`."""
+
+
 class _Source:
     """A proposer, whether it pays, and what its proposals cost."""
 
@@ -105,7 +116,7 @@ class Speculator:
     """Gives decoding sequences of a plan their trees. Without proposers it leaves plans as they are.
 
     `clock` is the engine's. A proposer that raises is not asked again, and its error is logged: what it would have
-    said changes no output.
+    said changes no output. Without `judge`, requests that need one are refused.
     """
 
     def __init__(
@@ -113,6 +124,7 @@ class Speculator:
         proposers: Seq[Proposer] = (),
         limits: SpeculationLimits | None = None,
         clock: Clock | None = None,
+        judge: Judge | None = None,
     ) -> None:
         self.sources = [_Source(proposer) for proposer in proposers]
         self.limits = limits or SpeculationLimits()
@@ -121,6 +133,7 @@ class Speculator:
         self.stats = SpeculationStats()
         self.vocab_size = 0
         """Of the engine, which sets it."""
+        self._judge = judge
         self._step = StepSpeculation()
         self._step_places: dict[tuple[str, str, int], Acceptance] = {}
         self._levels = AcceptanceTable(ranks=MAX_NODES)
@@ -129,6 +142,13 @@ class Speculator:
         self._paces: dict[Sequence, Pace] = {}
         self._keys = 0
         self._propose_seconds = 0.0
+
+    def check_request(self, request: Request) -> None:
+        """Raise `UnsupportedFeature` for a request that needs a judge where there is none."""
+        if request.is_judged and self.sources and self._judge is None:
+            raise UnsupportedFeature(
+                "exactness distribution", "this engine verifies token trees exactly only"
+            )
 
     # --- before a step -----------------------------------------------------------------------------------
 
@@ -154,16 +174,36 @@ class Speculator:
             self._pace_of(seq).begin(plan.now)
         room = min(self.limits.max_rows, scheduler.budget.max_batch_tokens - plan.num_rows)
         wanted = [seq for seq in decoding if seq.max_length - len(seq.tokens) > 1]
-        trees = self._trees(plan, wanted, awake, room) if wanted and room > 0 else []
+        shares = self._shares(scheduler, wanted, room)
+        trees = self._trees(plan, wanted, awake, room, shares) if wanted and room > 0 else []
         if any(len(tree) for tree in trees):
             self._hang(plan, scheduler, wanted, trees, room)
+        for seq in shares.keys() - plan.trees.keys():
+            scheduler.cache.release(seq.truncate(len(seq.tokens)))
         if plan.trees:
             self.stats.steps += 1
         elif decoding:
             self.stats.skipped += 1
             self._step.skipped = True
 
-    def _trees(self, plan: Plan, wanted: list[Sequence], awake: list[int], room: int) -> list[TokenTree]:
+    def _shares(self, scheduler: Scheduler, wanted: list[Sequence], room: int) -> dict[Sequence, int]:
+        """Nodes that each proposer may draw for sequences that are judged; there are rows and slots for them.
+
+        What is drawn has to be verified whole: that a draw is dropped because of what it is, or what lies below it,
+        would change the law of those that stay. So this is settled before anything is drawn, and by counts alone.
+        """
+        shares: dict[Sequence, int] = {}
+        for seq in wanted:
+            if seq.request.is_judged:
+                most = min(self.limits.max_nodes, MAX_NODES, room // len(wanted))
+                share = _reserve(scheduler, seq, most) // len(self.sources)
+                if share > 0:
+                    shares[seq] = share
+        return shares
+
+    def _trees(
+        self, plan: Plan, wanted: list[Sequence], awake: list[int], room: int, shares: dict[Sequence, int]
+    ) -> list[TokenTree]:
         """What those proposers of `awake` that pay suggest for each of `wanted`, merged; nothing if none does."""
         parts: list[list[TokenTree]] = [[] for _ in wanted]
         began = self._clock.now()
@@ -178,8 +218,9 @@ class Speculator:
                 Wanted(
                     seq,
                     min(depth, seq.max_length - len(seq.tokens) - 1),
-                    min(self.limits.max_nodes, MAX_NODES, room),
+                    shares.get(seq, min(self.limits.max_nodes, MAX_NODES, room)),
                     width,
+                    seq in shares,
                 )
                 for seq in wanted
             ]
@@ -204,7 +245,7 @@ class Speculator:
         if limits.pace == "fixed":
             return limits.max_depth, limits.width
         depth, width = self._shapes.shape(len(wanted))
-        adapters = {seq.request.adapter for seq in wanted}
+        adapters = {_learned_as(seq) for seq in wanted}
         gains = [expected_gains(self._levels, number, adapter, depth) for adapter in adapters]
         source = self.sources[number]
         return source.gate.depth(
@@ -221,29 +262,40 @@ class Speculator:
         """What proposer `number` suggests, without what lies too deep, behind the end of the text, or nowhere."""
         tree = TokenTree()
         stops = want.seq.stop_ids
-        adapter = want.seq.request.adapter
+        adapter = _learned_as(want.seq)
         kept = {ROOT: (ROOT, 0)}
+        places: dict[int, int] = {}
+        most = want.max_nodes if want.draws else MAX_NODES
         columns = zip(proposal.tokens, proposal.parents, proposal.ranks, proposal.confidences, strict=True)
         for node, (token, parent, rank, confidence) in enumerate(columns):
             found = kept.get(parent)
-            if found is None or found[1] >= want.max_depth or len(tree) == MAX_NODES:
+            if found is None or found[1] >= want.max_depth or len(tree) == most:
                 continue
             if not 0 <= token < self.vocab_size:
                 continue
             if token not in stops:
                 kept[node] = (len(tree), found[1] + 1)
+            places[node] = len(tree)
             tree.tokens.append(token)
             tree.parents.append(found[0])
             tree.chances.append(self.chances.chance(number, adapter, rank, confidence))
             tree.features.append(((number, rank, confidence),))
+        if want.draws and proposal.draws:
+            proposal.check_draws(want.max_nodes, self.vocab_size)
+            # Below a node that was not kept, or at the greatest depth, nothing was.
+            for parent, drawn in proposal.draws.items():
+                if parent in kept and all(node in places for node in drawn.nodes):
+                    nodes = [places[node] for node in drawn.nodes]
+                    tree.draws[kept[parent][0]] = [drawn._replace(nodes=nodes)]
         return tree
 
     def _hang(
         self, plan: Plan, scheduler: Scheduler, wanted: list[Sequence], trees: list[TokenTree], room: int
     ) -> None:
-        """Choose the nodes that are worth a row, and attach them."""
-        ranked = RankedTrees(trees)
-        budget = len(trees) + room
+        """Choose the nodes that are worth a row, and attach them. A tree with draws has its rows and slots."""
+        drawn = sum(len(tree) for tree in trees if tree.draws)
+        ranked = RankedTrees([TokenTree() if tree.draws else tree for tree in trees])
+        budget = len(trees) + room - drawn
         needs = None
         if self.limits.pace == "adaptive":
             paces = [self._pace_of(seq) for seq in wanted]
@@ -254,13 +306,17 @@ class Speculator:
                 self.curve,
                 self._keys,
                 budget,
-                other_rows=plan.num_rows - len(wanted),
+                other_rows=plan.num_rows - len(wanted) + drawn,
                 overhead=self._propose_seconds,
                 needs=wish,
             )
             needs = wish.at(seconds)
         chosen = ranked.select(budget, needs, self.limits.selection)
         for seq, tree, nodes in zip(wanted, trees, chosen, strict=True):
+            if tree.draws:
+                plan.trees[seq] = tree
+                plan.num_rows += len(tree)
+                continue
             nodes = nodes[: _reserve(scheduler, seq, len(nodes))]
             if nodes:
                 plan.trees[seq] = tree.keep(nodes)
@@ -273,6 +329,13 @@ class Speculator:
         return pace
 
     # --- after a step ------------------------------------------------------------------------------------
+
+    def judge(self, plan: Plan, batch: TokenBatch, result: StepResult, executor: Executor) -> None:
+        """Have the tokens of requests of the class `distribution` decided, with trees and without: what they are
+        drawn with must not have been seen by any proposer, and whether there is a tree may follow from what one saw.
+        """
+        if self._judge is not None and self.sources and any(run.seq.request.is_judged for run in plan.runs):
+            self._judge(plan, batch, result, executor)
 
     def observe(self, plan: Plan, accepted: dict[Sequence, list[int]], seconds: float) -> None:
         """Learn from a step that took the executor `seconds`: `accepted` are the nodes of each tree that became
@@ -308,7 +371,7 @@ class Speculator:
             stats.seconds_saved += step.seconds_saved
 
     def _learn(self, seq: Sequence, tree: TokenTree, nodes: list[int]) -> None:
-        adapter = seq.request.adapter
+        adapter = _learned_as(seq)
         taken = {ROOT, *nodes}
         # Where the text ended, nobody knows what would have followed.
         last = nodes[-1] if nodes else ROOT
@@ -325,7 +388,7 @@ class Speculator:
                 levels[level] = levels.get(level, False) or hit
         for (number, depth), hit in levels.items():
             self._levels.observe(number, adapter, depth - 1, LEVEL_PRIOR, hit)
-            place = (self.sources[number].proposer.name, adapter, depth)
+            place = (self.sources[number].proposer.name, seq.request.adapter, depth)
             for places in (self.stats.by_place, self._step_places):
                 found = places.get(place)
                 if found is None:
@@ -355,10 +418,15 @@ class Speculator:
             source.proposer.close()
 
 
+def _learned_as(seq: Sequence) -> str:
+    """What stands for the adapter where acceptance is learned: rejection accepts more, and other nodes."""
+    return seq.request.adapter + ("/judged" if seq.request.is_judged else "")
+
+
 def _best(tree: TokenTree, most: int) -> TokenTree:
     """The `most` nodes that are likeliest to be reached: a child never is more than its parent, so they hang
-    together."""
-    if len(tree) <= most:
+    together. A tree with draws has no more of them than were asked for, and is left whole."""
+    if len(tree) <= most or tree.draws:
         return tree
     reaches = tree.reaches()
     return tree.keep(sorted(sorted(range(len(tree)), key=lambda node: (-reaches[node], node))[:most]))

@@ -9,11 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from numpy.typing import NDArray
 
 MAX_NODES = 64
 """Nodes of one tree at most: attention gathers up to 64 ancestors of a row."""
 
 ROOT = -1
+
+Regime = Literal["independent", "distinct", "chosen"]
+"""independent: draws from one law, each as if it were the only one; a token may come several times. distinct: draws
+without replacement; each has the law of the first without the tokens before it. chosen: no draws, but children that a
+rule picked, each a point mass; then sampling from the target's law and looking whether it is a child is all there is
+to do, and trying them one by one does just that."""
+
+
+class Draws(NamedTuple):
+    """What one draft drew below one node: `nodes` are children of it in the order of the draws. `law` are the
+    probabilities [V] that the first came from (of any positive sum), None if they were chosen."""
+
+    regime: Regime
+    nodes: Sequence[int]
+    law: NDArray[Any] | None = None
 
 
 @dataclass(slots=True)
@@ -23,13 +41,15 @@ class TokenTree:
     `chances[i]` is the estimated probability that the target takes the node where it takes its parent, in [0, 1].
     `features[i]` is what each proposer that suggested it said about it: (number of the proposer, rank among the
     siblings that it suggested, from 0, its own confidence in [0, 1]).
-    No two children of a node have one token.
+    No two children of a node have one token. `draws[node]` says which children of a node (or of `ROOT`) are draws,
+    and from which laws; all others were chosen.
     """
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     chances: list[float] = field(default_factory=list)
     features: list[tuple[tuple[int, int, float], ...]] = field(default_factory=list)
+    draws: dict[int, list[Draws]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -60,7 +80,8 @@ class TokenTree:
         return paths
 
     def keep(self, nodes: Sequence[int]) -> TokenTree:
-        """The tree of `nodes` alone, in their order: parents before children, every parent among them."""
+        """The tree of `nodes` alone, in their order: parents before children, every parent among them. It has no
+        `draws`: what was kept of them was chosen."""
         number = {ROOT: ROOT} | {node: i for i, node in enumerate(nodes)}
         return TokenTree(
             [self.tokens[node] for node in nodes],
@@ -106,4 +127,8 @@ def merge(trees: Iterable[TokenTree]) -> TokenTree:
                 merged.chances[found] = max(merged.chances[found], tree.chances[node])
                 merged.features[found] += tree.features[node]
             number[node] = found
+        for parent, drawn in tree.draws.items():
+            merged.draws.setdefault(number[parent], []).extend(
+                draws._replace(nodes=[number[node] for node in draws.nodes]) for draws in drawn
+            )
     return merged

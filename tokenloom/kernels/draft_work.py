@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
@@ -27,12 +28,18 @@ class DraftWork:
     `MAX_CANDIDATES`. `scratch` int32[S, W, P]: pages that nobody else has; beam b of sequence s has scratch[s, b, j]
     as page c // 16 + j of its table. Rows of nodes stand at c, c + 1, ..., c + depth - 2: the last level is not
     computed. Afterwards the KV of the batch's rows is in its slots, and scratch pages hold nothing of worth.
+
+    Sequences of `draws` get a tree that is drawn instead of the best one: `widths` tokens below the root and one
+    below each other node, without replacement, from laws over `law_size` tokens that the proposal states. Their
+    seeds are for this alone. They need a temperature above 0.
     """
 
     batch: TokenBatch
     depths: Int32
     widths: Int32
     scratch: Int32
+    draws: Set[int] = frozenset()
+    law_size: int = 0
 
     def check(self) -> None:
         """Raise ValueError unless the shapes are legal and scratch pages suffice."""
@@ -54,6 +61,9 @@ class DraftWork:
             or (entries.targets >= 0).any()
         ):
             raise ValueError("the logit entries are not one draw at the last row of each segment")
+        for s in self.draws:
+            if not 0 <= s < count or not entries.temperatures[s] > 0 or self.law_size < 1:
+                raise ValueError(f"no draws over {self.law_size} tokens for sequence {s} of {count}")
         for s in range(count):
             beams, pages = self.scratch_of(s)
             if pages and (beams > self.scratch.shape[1] or pages > self.scratch.shape[2]):

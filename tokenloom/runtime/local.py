@@ -130,6 +130,10 @@ class LocalExecutor:
             raise ticket.payload
         raise ValueError("the ticket is not one of this executor's")
 
+    def logits(self, rows: NDArray[np.int32]) -> Float32:
+        """fp32 [n, vocabulary]: of at most 64 rows of the last batch that are among its logit rows."""
+        return self.backend.logits(rows)
+
     def move_slots(self, moves: NDArray[np.int64]) -> None:
         """Copy slots, int64 [C, 2] (source, destination; page * 16 + offset), one move after the other. Raises
         ValueError, before anything is copied."""

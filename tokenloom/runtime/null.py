@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenloom.engine.batch import StepResult, Ticket, TokenBatch
+from tokenloom.errors import UnsupportedFeature
 
 
 class NullExecutor:
@@ -25,6 +26,10 @@ class NullExecutor:
             {},
             hidden=np.zeros((len(ticket.batch.hidden_rows), 1), np.float32),
         )
+
+    def logits(self, rows: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Raises `UnsupportedFeature`."""
+        raise UnsupportedFeature("logits", "the null executor computes none")
 
     def move_slots(self, moves: NDArray[np.int64]) -> None:
         """Nothing: there is no KV."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from tokenloom.clock import VirtualClock
 from tokenloom.engine.batch import StepResult, Ticket, TokenBatch, TopLogprobs
+from tokenloom.errors import UnsupportedFeature
 
 HIDDEN_WIDTH = 8
 
@@ -82,6 +83,10 @@ class SimulatedExecutor:
             for i in np.flatnonzero(rows.num_logprobs >= 0)
         }
         return StepResult(tokens, logprobs, top, seconds, _hidden(batch))
+
+    def logits(self, rows: np.ndarray) -> np.ndarray:
+        """Raises `UnsupportedFeature`."""
+        raise UnsupportedFeature("logits", "the simulated executor computes none")
 
     def move_slots(self, moves: np.ndarray) -> None:
         """Nothing: there is no KV."""

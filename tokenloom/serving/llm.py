@@ -15,7 +15,7 @@ from types import FrameType, TracebackType
 from typing import Any, Final, NamedTuple
 
 from tokenloom.config import Config, make_config
-from tokenloom.engine.request import Pooling, Request, Slo
+from tokenloom.engine.request import Exactness, Pooling, Request, Slo
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import InvalidParameter, TokenloomError
 from tokenloom.serving.assembly import EngineParts, build_engine
@@ -118,6 +118,7 @@ class LLM:
         *,
         adapter: AdapterChoice | Sequence[AdapterChoice] = None,
         slo: SloChoice | Sequence[SloChoice] = None,
+        exactness: Exactness = "exact",
         progress: bool | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
@@ -125,14 +126,17 @@ class LLM:
 
         `sampling_params` is one for all or one for each (None: the model's defaults), and so is `adapter`: the
         name of one, its directory, or None for the model itself. `slo` decides a request's pace, never its output:
-        {"tpot_ms": 40, "ttft_ms": 500}, a class of the option `slo_class`, one for all or one for each. `progress`
-        draws a bar
+        {"tpot_ms": 40, "ttft_ms": 500}, a class of the option `slo_class`, one for all or one for each. With
+        `exactness` "distribution", speculation keeps the law of sampled texts instead of the texts
+        (docs/speculation-sampling.md). `progress` draws a bar
         for 8 prompts and more (None: where stderr is a terminal); `use_tqdm=False`, as in vLLM, draws none.
         Every request is checked before any is added: `InvalidParameter` or `ContextLengthExceeded` leaves
         the engine as it was. Ctrl-C cancels what runs after the step in flight.
         """
         tokenized = self._tokenize(_prompt_list(prompts), True)
-        return self._generate(tokenized, sampling_params, adapter, slo, progress if use_tqdm else False)
+        return self._generate(
+            tokenized, sampling_params, adapter, slo, exactness, progress if use_tqdm else False
+        )
 
     def chat(
         self,
@@ -143,6 +147,7 @@ class LLM:
         continue_final_message: bool = False,
         adapter: AdapterChoice | Sequence[AdapterChoice] = None,
         slo: SloChoice | Sequence[SloChoice] = None,
+        exactness: Exactness = "exact",
         progress: bool | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
@@ -165,7 +170,9 @@ class LLM:
                 )
             )
         tokenized = self._tokenize(texts, False)
-        return self._generate(tokenized, sampling_params, adapter, slo, progress if use_tqdm else False)
+        return self._generate(
+            tokenized, sampling_params, adapter, slo, exactness, progress if use_tqdm else False
+        )
 
     # --- adapters ----------------------------------------------------------------------------------------
 
@@ -258,6 +265,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         adapter: AdapterChoice | Sequence[AdapterChoice],
         slo: SloChoice | Sequence[SloChoice],
+        exactness: Exactness,
         progress: bool | None,
     ) -> list[RequestOutput]:
         params = self._params_list(sampling_params, len(prompts))
@@ -275,6 +283,7 @@ class LLM:
                         own,
                         request_id=str(next(self._request_ids)),
                         adapter=contents[one],
+                        exactness=exactness,
                         slo=pace,
                     ),
                     prompt.text,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import Final, get_args
 
-from tokenloom.engine.request import NO_SLO, Pooling, Request, Slo
+from tokenloom.engine.request import NO_SLO, Exactness, Pooling, Request, Slo
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import InvalidParameter, UnsupportedFeature
 from tokenloom.serving.client import ModelCard
@@ -23,13 +23,16 @@ def make_request(
     tenant: str = "",
     program_id: str = "",
     adapter: str = "",
+    exactness: Exactness = "exact",
     slo: Slo = NO_SLO,
 ) -> Request:
     """The request for a tokenised prompt, with `params.bad_words` resolved to token ids; `adapter` is a content id.
 
-    Raises `InvalidParameter` for a bad word that has no tokens. Limits that depend on the engine are checked
-    by `Engine.check_request`.
+    Raises `InvalidParameter` for a bad word that has no tokens, and an unknown `exactness`. Limits that depend on
+    the engine are checked by `Engine.check_request`.
     """
+    if exactness not in get_args(Exactness):
+        raise InvalidParameter("exactness", exactness, "exact or distribution")
     return Request(
         request_id=request_id,
         prompt_token_ids=list(prompt_token_ids),
@@ -38,6 +41,7 @@ def make_request(
         tenant=tenant,
         program_id=program_id,
         adapter=adapter,
+        exactness=exactness,
         bad_word_ids=tuple(bad_word_ids(tokenizer, params.bad_words)) if params.bad_words else (),
         slo=slo,
     )

@@ -19,6 +19,7 @@ from tokenloom.speculation.corpus import read_corpus
 from tokenloom.speculation.draft_model import DraftModel
 from tokenloom.speculation.load_draft import load_draft, plan_draft
 from tokenloom.speculation.ngram import NgramProposer
+from tokenloom.speculation.rejection_judge import RejectionJudge
 from tokenloom.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def add_speculation(config: Config, engine: Engine, tokenizer: Tokenizer, ops: C
         pace=options.draft_pace,
     )
     if proposers:
-        engine.speculate(Speculator(proposers, limits, engine.clock))
+        engine.speculate(Speculator(proposers, limits, engine.clock, RejectionJudge(ops.kernels)))
 
 
 def _draft(config: Config, engine: Engine, ops: Choice, pool: Any) -> DraftModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from tokenloom.engine.prefix_cache import Digest
 from tokenloom.engine.sampling_rules import logit_edits
 from tokenloom.engine.sequence import Sequence
 from tokenloom.kernels.draft_work import DraftWork
+from tokenloom.speculation.multi_step_sampling import draft_seed
 
 _MASK64 = (1 << 64) - 1
 _NO_COPIES = np.zeros((0, 2), np.int32)
@@ -43,7 +45,7 @@ class DraftState:
 
 class Job(NamedTuple):
     """Tokens [start, end) of the sequence at `place` in this call, then `depth` levels of up to `width` nodes.
-    `scratch` are `width` runs of pages, one after another."""
+    `scratch` are `width` runs of pages, one after another. With `draws` the nodes are drawn, and their laws stated."""
 
     place: int
     seq: Sequence
@@ -53,10 +55,12 @@ class Job(NamedTuple):
     depth: int
     width: int
     scratch: list[int]
+    draws: bool = False
 
 
-def draft_work(jobs: Seq[Job]) -> DraftWork:
-    """One segment per job: the tokens that the draft's KV of its sequence lacks."""
+def draft_work(jobs: Seq[Job], drafter: str, law_size: int) -> DraftWork:
+    """One segment per job: the tokens that the draft's KV of its sequence lacks. Laws that are stated are those of
+    `drafter`, over `law_size` tokens."""
     token_ids: list[int] = []
     for job in jobs:
         token_ids += job.seq.tokens[job.start : job.end]
@@ -82,7 +86,7 @@ def draft_work(jobs: Seq[Job]) -> DraftWork:
         page_tables=tables,
         adapter_slots=np.array([job.state.adapter.slot for job in jobs], np.int32),
         work=np.where(lengths == 1, np.int8(Work.DECODE), np.int8(Work.PREFILL)),
-        logit_rows=_logit_rows(jobs, starts[1:] - 1),
+        logit_rows=_logit_rows(jobs, starts[1:] - 1, zlib.crc32(drafter.encode())),
         page_copies=_NO_COPIES,
     )
     return DraftWork(
@@ -90,6 +94,8 @@ def draft_work(jobs: Seq[Job]) -> DraftWork:
         depths=np.array([job.depth for job in jobs], np.int32),
         widths=np.array([job.width for job in jobs], np.int32),
         scratch=_scratch_of(jobs),
+        draws=frozenset(i for i, job in enumerate(jobs) if job.draws),
+        law_size=law_size,
     )
 
 
@@ -111,8 +117,8 @@ def _scratch_of(jobs: Seq[Job]) -> Int32:
     return scratch
 
 
-def _logit_rows(jobs: Seq[Job], rows: Int32) -> LogitRows:
-    """The sampling state of each target's next token."""
+def _logit_rows(jobs: Seq[Job], rows: Int32, drafter: int) -> LogitRows:
+    """The sampling state of each target's next token; seeds of their own for what is drawn."""
     params = [job.seq.request.params for job in jobs]
     edits: dict[int, LogitEdits] = {}
     for i, job in enumerate(jobs):
@@ -127,9 +133,15 @@ def _logit_rows(jobs: Seq[Job], rows: Int32) -> LogitRows:
         top_k=np.array([max(p.top_k, 0) for p in params], np.int32),
         top_p=np.array([p.top_p for p in params], np.float32),
         min_p=np.array([p.min_p for p in params], np.float32),
-        seeds=np.array([(p.seed or 0) & _MASK64 for p in params], np.uint64),
+        seeds=np.array([_seed(job, drafter) for job in jobs], np.uint64),
         sample_index=np.array([job.seq.index for job in jobs], np.uint32),
         positions=np.array([len(job.seq.tokens) for job in jobs], np.int64),
         num_logprobs=np.full(len(jobs), -1, np.int32),
         edits=edits,
     )
+
+
+def _seed(job: Job, drafter: int) -> int:
+    seq = job.seq
+    seed = seq.request.params.seed or 0
+    return draft_seed(seed, seq.index, len(seq.tokens), drafter) if job.draws else seed & _MASK64

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokenloom.engine.batch import PAGE_SIZE, LogitRows, TokenBatch, Work
 from tokenloom.engine.proposer import Proposal
+from tokenloom.engine.token_tree import Draws
 from tokenloom.kernels.backend import Backend
 from tokenloom.kernels.draft_work import MAX_CANDIDATES, DraftWork, TreeDrafter
 from tokenloom.kernels.noise import MAX_GUMBEL, MIN_GUMBEL, Purpose, gumbel, token_bits, vocabulary_bits
@@ -45,12 +46,23 @@ def draft(backend: Backend, work: DraftWork) -> list[Proposal]:
     confidence of rank r is exp(s_r) over the sum of exp(s_j) of all candidates of the row. A row whose logits are
     all -inf has none.
 
+    Trees of `work.draws` are not searched but drawn, whatever the confidences, since draws have their law only where
+    none is dropped. The tokens of the best noisy scores are draws without replacement (the Gumbel-max trick; Kool et
+    al., "Stochastic beams and where to find them", ICML 2019).
+
     Raises as `Backend.run`, and ValueError for work that is not legal, before anything is computed.
     """
     work.check()
-    if isinstance(backend, TreeDrafter):
+    if isinstance(backend, TreeDrafter) and not work.draws:
         return backend.draft(work)
     return draft_by_levels(backend, work)
+
+
+class _Found(NamedTuple):
+    """Candidates (token, confidence) of a row, best first; `law` is what they are draws from, where it is wanted."""
+
+    candidates: list[tuple[int, float]]
+    law: Float64 | None
 
 
 @dataclass(slots=True)
@@ -63,22 +75,28 @@ class _Tree:
     depth: int
     width: int
     proposal: Proposal
+    is_drawn: bool = False
     nodes: list[int] = field(default_factory=lambda: [-1])
     reaches: list[float] = field(default_factory=lambda: [1.0])
     origins: list[int] = field(default_factory=lambda: [0])
 
-    def grow(self, found: Sequence[Sequence[tuple[int, float]]]) -> None:
-        """Add a level: `found` are the candidates (token, confidence) of each beam, best first."""
+    def grow(self, found: Sequence[_Found]) -> None:
+        """Add a level: `found` is what there is for each beam."""
         options = [
             (-reach * confidence, beam, rank)
-            for beam, (reach, candidates) in enumerate(zip(self.reaches, found, strict=True))
-            for rank, (_, confidence) in enumerate(candidates)
+            for beam, (reach, row) in enumerate(zip(self.reaches, found, strict=True))
+            for rank, (_, confidence) in enumerate(row.candidates)
         ]
-        options.sort()
         proposal, nodes = self.proposal, self.nodes
-        kept = options[: self.width]
+        if self.is_drawn:
+            each = self.width if nodes == [-1] else 1
+            kept = [option for option in options if option[2] < each]
+            self._state(found, kept)
+        else:
+            options.sort()
+            kept = options[: self.width]
         for _, beam, rank in kept:
-            token, confidence = found[beam][rank]
+            token, confidence = found[beam].candidates[rank]
             proposal.tokens.append(token)
             proposal.parents.append(nodes[beam])
             proposal.ranks.append(rank)
@@ -88,13 +106,21 @@ class _Tree:
         self.reaches = [-negative for negative, _, _ in kept]
         self.origins = [beam for _, beam, _ in kept]
 
+    def _state(self, found: Sequence[_Found], kept: Sequence[tuple[float, int, int]]) -> None:
+        """Say of which law the children are that are about to be added."""
+        first = len(self.proposal.tokens)
+        for beam, (_, law) in enumerate(found):
+            children = [first + place for place, option in enumerate(kept) if option[1] == beam]
+            if children:
+                self.proposal.draws[self.nodes[beam]] = Draws("distinct", children, law)
+
 
 def draft_by_levels(backend: Backend, work: DraftWork) -> list[Proposal]:
     """`draft` in steps of any backend."""
     entries = work.batch.logit_rows
     proposals = [Proposal() for _ in range(work.batch.num_segments)]
     growing = [
-        _Tree(s, work.context_of(s), depth, width, proposals[s])
+        _Tree(s, work.context_of(s), depth, width, proposals[s], s in work.draws)
         for s, (depth, width) in enumerate(zip(work.depths.tolist(), work.widths.tolist(), strict=True))
         if depth > 0
     ]
@@ -103,7 +129,7 @@ def draft_by_levels(backend: Backend, work: DraftWork) -> list[Proposal]:
     level = 0
     while growing:
         owners = np.repeat([tree.owner for tree in growing], [len(tree.nodes) for tree in growing])
-        found = _candidates(backend, rows, owners, entries, level)
+        found = _candidates(backend, rows, owners, work, level)
         begin = 0
         for tree in growing:
             end = begin + len(tree.nodes)
@@ -183,19 +209,20 @@ def _wanted_logits(rows: NDArray[np.int32]) -> LogitRows:
 
 
 def _candidates(
-    backend: Backend, rows: NDArray[np.int32], owners: NDArray[np.intp], entries: LogitRows, level: int
-) -> list[list[tuple[int, float]]]:
-    """(token, confidence) of the best candidates of each row, best first. Row i is `level` tokens below the root of
-    the sequence whose entry is owners[i]."""
-    found: list[list[tuple[int, float]]] = []
+    backend: Backend, rows: NDArray[np.int32], owners: NDArray[np.intp], work: DraftWork, level: int
+) -> list[_Found]:
+    """The best candidates of each row. Row i is `level` tokens below the root of the sequence owners[i]."""
+    found: list[_Found] = []
+    entries = work.batch.logit_rows
     for begin in range(0, len(rows), TILE_ROWS):
         part = owners[begin : begin + TILE_ROWS]
         logits = sanitized(backend.logits(rows[begin : begin + TILE_ROWS]))
         apply_edits(logits, part, entries.edits)
         logits = sanitized(logits)
         for row, entry in zip(logits, part.tolist(), strict=True):
-            tokens, scores = _best(row, entry, entries, level)
-            found.append(list(zip(tokens.tolist(), _confidences(scores), strict=True)))
+            law = np.zeros(work.law_size) if entry in work.draws else None
+            tokens, scores = _best(row if law is None else row[: len(law)], entry, entries, level, law)
+            found.append(_Found(list(zip(tokens.tolist(), _confidences(scores), strict=True)), law))
     return found
 
 
@@ -208,8 +235,11 @@ def _confidences(scores: Float64) -> list[float]:
     return confidences
 
 
-def _best(logits: Float32, entry: int, entries: LogitRows, level: int) -> tuple[NDArray[np.intp], Float64]:
-    """Tokens and scores of the best candidates of one row of edited logits, fp32 [V]."""
+def _best(
+    logits: Float32, entry: int, entries: LogitRows, level: int, law: Float64 | None
+) -> tuple[NDArray[np.intp], Float64]:
+    """Tokens and scores of the best candidates of one row of edited logits, fp32 [V]. `law`, float64 of at least V
+    zeros, is filled with what their noise draws from."""
     best = logits.max()
     if best == -np.inf:
         return np.zeros(0, np.intp), np.zeros(0)
@@ -221,6 +251,8 @@ def _best(logits: Float32, entry: int, entries: LogitRows, level: int) -> tuple[
     # -0, from a quotient that underflows, would be ordered behind 0.
     scores += np.float32(0)
     truncate(scores, entries.top_k[one], entries.top_p[one], entries.min_p[one])
+    if law is not None:
+        law[: len(logits)] = np.exp(scores[0].astype(np.float64))
     # Whoever is this far behind the last of the best before any noise cannot be among them behind it.
     tokens = _leaders(scores[0], _NOISE_RANGE)
     positions = entries.positions[one] + level

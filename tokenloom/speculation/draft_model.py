@@ -171,7 +171,7 @@ class DraftModel:
         jobs = self._plan(wanted)
         if not jobs:
             return
-        work = draft_work(jobs)
+        work = draft_work(jobs, self.name, self._target_vocab_size)
         if self._debug:
             work.batch.check()
         found = draft(self._executor.backend, work)
@@ -179,7 +179,8 @@ class DraftModel:
             job.state.computed = max(job.end, job.state.computed)
             self.stats.num_rows += job.end - job.start
             if job.depth:
-                proposal = self._cut(proposal, wanted[job.place].max_nodes)
+                if not job.draws:
+                    proposal = self._cut(proposal, wanted[job.place].max_nodes)
                 self.stats.num_nodes += len(proposal.tokens)
                 proposals[job.place] = proposal
 
@@ -242,7 +243,8 @@ class DraftModel:
         scratch: list[int] = []
         if end == len(tokens):
             depth, width, scratch = self._shape(request)
-        return Job(place, seq, state, start, end, depth, max(width, 1), scratch)
+        draws = request.draws and depth > 0
+        return Job(place, seq, state, start, end, depth, max(width, 1), scratch, draws)
 
     def _shape(self, request: Wanted) -> tuple[int, int, list[int]]:
         """Levels, nodes of a level, and scratch pages of a tree: a chain where there are not enough for beams, one
@@ -251,7 +253,8 @@ class DraftModel:
         most = min(request.width, request.max_nodes, MAX_CANDIDATES)
         for width in dict.fromkeys((most, 1)):
             # Rows of nodes stand behind the root, at positions that the draft has.
-            depth = min(request.max_depth, -(-request.max_nodes // width), self.max_context - length + 1)
+            levels = request.max_nodes // width if request.draws else -(-request.max_nodes // width)
+            depth = min(request.max_depth, levels, self.max_context - length + 1)
             scratch = self._take(width * scratch_pages(length, depth))
             if scratch is not None:
                 self.stats.num_short += width < most

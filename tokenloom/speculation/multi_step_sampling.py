@@ -31,32 +31,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenloom.engine.token_tree import ROOT, TokenTree
+from tokenloom.engine.token_tree import ROOT, Draws, Regime, TokenTree
 from tokenloom.kernels.noise import Purpose, token_bits
 
 Float64 = NDArray[np.float64]
 Target = Callable[[int], NDArray[Any]]
 """Node (or `ROOT`) → probabilities [V] of the token after it, of any positive sum."""
 
-Regime = Literal["independent", "distinct", "chosen"]
-"""independent: draws from one law, each as if it were the only one; a token may come several times. distinct: draws
-without replacement; each has the law of the first without the tokens before it. chosen: no draws, but the same
-children whatever the noise, each a point mass; then sampling from p and looking whether it is a child is all there is
-to do, and the trials do just that."""
-
-
-class Draws(NamedTuple):
-    """What one draft drew below one node: `nodes` are children of it in the order of the draws. `law` are the
-    probabilities [V] that the first came from (of any positive sum), None if they were chosen."""
-
-    regime: Regime
-    nodes: Seq[int]
-    law: NDArray[Any] | None = None
+_SEED_MASK = (1 << 64) - 1
 
 
 class Trial(NamedTuple):
@@ -199,6 +186,19 @@ def draw(law: NDArray[Any], count: int, regime: Regime, position: int, coins: Co
         tokens.append(coins.pick(position, left))
         left = _without(left, tokens[-1])
     return tokens
+
+
+def draft_seed(seed: int, sample_index: int, position: int, drafter: int) -> int:
+    """A seed of 64 bits for what `drafter` (below 2^32) draws for one step, whose next token stands at `position`."""
+    one = np.ones(2, np.int64)
+    high, low = token_bits(
+        np.full(2, seed & _SEED_MASK, np.uint64),
+        np.full(2, sample_index, np.uint32),
+        position * one,
+        2 * drafter + np.arange(2),
+        Purpose.DRAFT,
+    ).tolist()
+    return int(high) << 32 | int(low)
 
 
 def naive(
