@@ -141,8 +141,7 @@ class Scheduler:
         promised = self._promised_pages()
         if self.admission == "reserve":
             promised = max(self._peak_pages() - len(self.cache.references), 0)
-        ready = self.parked.fetch(now, len(self.running), promised, self.waiting.head(now))
-        for seq in ready:
+        for seq in self.parked.fetch(now, len(self.running), promised, self.waiting.head(now)):
             self._enqueue(seq)
         self._park_lost()
 
