@@ -214,7 +214,7 @@ def test_nodes_are_as_many_as_wanted_at_most() -> None:
         found = model.propose([Wanted(seq, 5, most, 3)])[0]
         assert 1 <= len(found.tokens) <= most
         width = min(3, most)
-        full = expected(seq, min(5, -(-most // width)), width)
+        full = expected(seq, min(5, most), width)
         reaches: list[float] = []
         for parent, confidence in zip(full.parents, full.confidences, strict=True):
             reaches.append(confidence * (reaches[parent] if parent >= 0 else 1.0))

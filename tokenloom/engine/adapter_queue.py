@@ -88,7 +88,7 @@ class AdapterQueue:
                     # What is free and not needed for the growth of those that run.
                     spare = self._free_pages() - promised_pages - 2 * num_running
                 if self._kv_pages(adapter) > spare or not self.adapters.reserve(
-                    adapter, self._cache.free_frame, over_waiters=over_waiters
+                    adapter, self._cache.yield_frame, over_waiters=over_waiters
                 ):
                     self.blocked = head if is_first else None
                     break

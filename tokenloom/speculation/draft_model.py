@@ -251,7 +251,7 @@ class DraftModel:
         most = min(request.width, request.max_nodes, MAX_CANDIDATES)
         for width in dict.fromkeys((most, 1)):
             # Rows of nodes stand behind the root, at positions that the draft has.
-            depth = min(request.max_depth, -(-request.max_nodes // width), self.max_context - length + 1)
+            depth = min(request.max_depth, request.max_nodes, self.max_context - length + 1)
             scratch = self._take(width * scratch_pages(length, depth))
             if scratch is not None:
                 self.stats.num_short += width < most
