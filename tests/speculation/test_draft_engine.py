@@ -23,6 +23,7 @@ from tokenloom.models.config import ModelConfig, RopeConfig
 from tokenloom.models.llama import build
 from tokenloom.models.rope import rope_tables
 from tokenloom.runtime.local import LocalExecutor
+from tokenloom.speculation.draft_batch import DraftAdapter
 from tokenloom.speculation.draft_model import DraftModel
 
 TINY = replace(
@@ -173,6 +174,30 @@ def test_adapters_get_the_frames_of_drafts(idle: bool) -> None:
         engine.step()
     assert not engine.has_work
     engine.close()
+
+
+@each_numerics(Numerics(), NATIVE[0])
+def test_a_draft_may_have_adapters_of_its_own(numerics: Numerics) -> None:
+    """A draft that is the target itself, with the adapter of each request: all that it says is right."""
+    params = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
+    for adapter in ("", "a", "b"):
+        asked = Request(request_id="r", prompt_token_ids=list(range(20)), params=params, adapter=adapter)
+        text = serve(Setup(numerics=numerics), [asked])["r", 0][0]
+        engine = make_engine(Setup(numerics=numerics))
+        while adapter and not engine.adapters.is_ready(adapter):
+            engine.adapters.reserve(adapter, lambda: False, over_waiters=False)
+            engine.adapters.copy(adapter, 100)
+        executor = engine.executor
+        assert isinstance(executor, LocalExecutor)
+        drafted = DraftAdapter(adapter, engine.adapters.slot_of(adapter))
+        pages = engine.scheduler.cache.pages
+        draft = DraftModel(
+            executor, pages, identity=("self",), vocab_size=211, target_vocab_size=211, max_context=320,
+            adapter_of=lambda seq, drafted=drafted: drafted, debug=True,
+        )  # fmt: skip
+        found = draft.propose([Wanted(sequence(range(20)), 9, 9, 1)])[0]
+        assert found.tokens == text
+        engine.close()
 
 
 def test_a_failing_draft_costs_no_request() -> None:

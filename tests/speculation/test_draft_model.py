@@ -339,6 +339,16 @@ def test_every_frame_can_be_had_back() -> None:
     assert same(ask(model, sequences[1])[0], expected(sequences[1], 3, 2))
 
 
+def test_a_call_takes_nothing_from_itself() -> None:
+    """Whoever is asked for a frame may ask all lenders, the draft among them."""
+    model = shadow_model(num_frames=1, free_frame=lambda: model.evict_for_frame())
+    long, short = sequence(range(40)), sequence(range(10))
+    found = ask(model, long, short, depth=1)
+    assert same(found[1], expected(short, 1, 2))
+    assert found[0] == NOTHING
+    assert model.num_cold_frames == 1
+
+
 def test_idle_pages_go_before_those_in_use() -> None:
     model = shadow_model(num_frames=8)
     kept, gone = sequence([1] * 48), sequence([2] * 48)
