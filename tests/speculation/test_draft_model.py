@@ -8,6 +8,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.kernels.harness import (
@@ -263,6 +264,14 @@ def test_tokens_that_the_target_does_not_have_are_not_proposed() -> None:
                 gone.add(node)
         assert found.tokens == [token for node, token in enumerate(full.tokens) if node not in gone]
         seq.append(seq.tokens[-1] + 1)
+
+
+def test_a_draft_without_candidates_proposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shadow_model(target_vocab_size=24)
+    broken = np.full((1, VOCAB), np.nan, np.float32)
+    monkeypatch.setattr(model._executor.backend, "logits", lambda rows: broken[[0] * len(rows)])
+    assert ask(model, sequence([1, 2])) == [NOTHING]
+    assert model.stats.num_failures == 0
 
 
 def test_without_pages_it_proposes_less_then_nothing() -> None:

@@ -268,7 +268,7 @@ class DraftModel:
     def _cut(self, proposal: Proposal, most: int) -> Proposal:
         """The `most` most probable nodes; a node never comes before its parent, which is at least as probable."""
         limit = self._target_vocab_size
-        if len(proposal.tokens) <= most and (limit >= self._vocab_size or max(proposal.tokens) < limit):
+        if len(proposal.tokens) <= most and max(proposal.tokens, default=-1) < limit:
             return proposal
         reaches: list[float] = []
         for token, parent, confidence in zip(
