@@ -8,6 +8,6 @@ from types import MappingProxyType
 from typing import Final
 
 ADAPTERS: Final[Mapping[str, Path]] = MappingProxyType(
-    {name: Path(__file__).parent / "adapters" / name for name in ("pirate", "card")}
+    {name: Path(__file__).parent / "adapters" / name for name in ("pirate", "card", "repeat")}
 )
 """Directories of the LoRA adapters over the target, in the PEFT format, by name."""
