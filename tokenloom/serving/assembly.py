@@ -80,7 +80,7 @@ def build_engine(config: Config, listener: LoadListener) -> EngineParts:
         described.program,
         max_batch_tokens=scheduler.max_batch_tokens,
         # The KV of a draft model lies in the same frames: room for some sequences more.
-        max_running=max_running + (max_running // 4 + 1) * ("draft" in config.speculation.speculate),
+        max_running=max_running + max(max_running // 4, 4) * ("draft" in config.speculation.speculate),
         num_pages=config.cache.num_pages,
         kv_memory_bytes=config.cache.kv_memory_mb << 20,
         dtype=formats.dtype,
