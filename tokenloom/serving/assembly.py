@@ -29,6 +29,7 @@ from tokenloom.models.weight_sources import roundings
 from tokenloom.runtime.adapter_host import AdapterFormat, AdapterHost
 from tokenloom.runtime.local import LocalExecutor
 from tokenloom.serving.adapter_library import AdapterLibrary
+from tokenloom.serving.adapter_packer import PackingTarget
 from tokenloom.serving.client import ModelCard
 from tokenloom.serving.load_listener import LoadListener
 from tokenloom.serving.model_directory import model_directory, model_name
@@ -141,10 +142,15 @@ def open_library(config: Config) -> AdapterLibrary:
     directory = model_directory(config.model.model, config.model.revision)
     described = describe_model(directory, max_context=config.model.max_context, weights=config.model.weights)
     form = adapter_format(described, choose_formats(config, described, choose_ops(config)))
-    options = config.adapters
-    return AdapterLibrary(
-        directory, described.program, form, data_dir=options.data_dir, max_rank=options.max_adapter_rank
+    target = PackingTarget(
+        model=str(directory),
+        max_context=config.model.max_context,
+        weights=config.model.weights,
+        dtype=form.dtype,
+        page_bytes=form.page_bytes,
+        max_rank=config.adapters.max_adapter_rank,
     )
+    return AdapterLibrary(target, described.program, data_dir=config.adapters.data_dir)
 
 
 def choose_ops(config: Config) -> Choice:
