@@ -6,7 +6,6 @@ draft's share of the time, say more about other models than the speed-up does.
 
 from __future__ import annotations
 
-import itertools
 import random
 import statistics
 from typing import Any
@@ -71,7 +70,8 @@ def measure_story(spec: dict[str, Any]) -> dict[str, Any]:
             return run
 
         # The curve and the chances are learned before anything counts.
-        case("adaptive")("warm")
+        for number in range(2):
+            case("adaptive")(f"warm/{number}")
         found = Referee.of(spec).measure({name: case(name) for name in settings})
     per_request = {
         name: [each.tokens_per_step for each in runs] for name, runs in served.items() if name != "plain"
@@ -90,13 +90,12 @@ def measure_story(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def copies(parts: EngineParts, count: int, adapter: str) -> list[Request]:
-    """Requests to repeat a text, greedily: sentences drawn from what the model knows."""
+    """Requests to repeat a text, greedily: words without any order, so that only the request says what comes next."""
     rng = random.Random(5)
     found = []
     for number in range(count):
-        names = rng.sample(NOUNS, 6)
-        text = " ".join(f"The {one} saw a {two} by the tree." for one, two in itertools.pairwise(names))
-        messages = [{"role": "user", "content": f"Repeat: {text}"}]
+        sentences = (" ".join(rng.sample(NOUNS, rng.randrange(3, 7))).capitalize() + "." for _ in range(9))
+        messages = [{"role": "user", "content": "Repeat this text:\n" + " ".join(sentences)}]
         prompt = parts.tokenizer.encode(parts.tokenizer.render_chat(messages), add_special_tokens=False)
         params = SamplingParams(temperature=0.0, seed=number, max_tokens=120)
         found.append(
@@ -149,7 +148,8 @@ def measure_copy(spec: dict[str, Any]) -> dict[str, Any]:
 
             return run
 
-        case("ngram")("warm")
+        for number in range(3):
+            case("ngram")(f"warm/{number}")
         found = Referee.of(spec).measure({name: case(name) for name in settings})
         library.close()
     return {

@@ -86,13 +86,18 @@ class Judge(Protocol):
         The executor still has the logits of `batch`."""
 
 
+_LOOK_DEEPER = 8
+"""Calls after which a proposer is asked for a level more than seems to pay."""
+
+
 class _Source:
     """A proposer, whether it pays, and what its proposals cost."""
 
     def __init__(self, proposer: Proposer) -> None:
         self.proposer = proposer
         self.gate = DraftGate()
-        self.level_seconds = 0.0
+        self.calls = 0
+        self._costs: dict[int, float] = {}
         self.failed = False
         self.rested = 0
         """Steps since it was last found not to pay; 0: it pays, as far as is known."""
@@ -107,9 +112,23 @@ class _Source:
     def took(self, levels: int, seconds: float) -> None:
         """A call for `levels` levels took `seconds`. Calls in which a draft model reads a prompt take much longer:
         so what is less than usual counts for more."""
-        found = seconds / max(levels, 1)
-        weight = 0.5 if found < self.level_seconds else 0.05
-        self.level_seconds += (weight if self.level_seconds else 1.0) * (found - self.level_seconds)
+        usual = self._costs.get(levels, seconds)
+        self._costs[levels] = usual + (0.5 if seconds < usual else 0.05) * (seconds - usual)
+        for fewer in self._costs:
+            if fewer < levels:
+                self._costs[fewer] = min(self._costs[fewer], self._costs[levels])
+
+    def costs(self, levels: int) -> list[float]:
+        """Seconds of calls for 0 to `levels` levels. More than were ever asked for are taken to cost what the most
+        did: so they are tried, and then it is known. A level never costs more than those above it do on average:
+        what says so was disturbed."""
+        costs = [0.0]
+        for level in range(1, levels + 1):
+            deeper = min((known for known in self._costs if known > level), default=0)
+            scaled = self._costs[deeper] * level / deeper if deeper else 0.0
+            found = self._costs.get(level, max(costs[-1], scaled))
+            costs.append(found if level == 1 else min(found, costs[-1] * level / (level - 1)))
+        return costs
 
 
 class Speculator:
@@ -246,19 +265,24 @@ class Speculator:
         limits = self.limits
         if limits.pace == "fixed":
             return limits.max_depth, limits.width
-        depth, width = self._shapes.shape(len(wanted))
+        most, width = self._shapes.shape(len(wanted))
         adapters = {_learned_as(seq) for seq in wanted}
-        gains = [expected_gains(self._levels, number, adapter, depth) for adapter in adapters]
+        gains = [expected_gains(self._levels, number, adapter, most) for adapter in adapters]
         source = self.sources[number]
-        return source.gate.depth(
+        depth = source.gate.depth(
             [sum(level) / len(gains) for level in zip(*gains, strict=True)],
             self.curve,
             self._keys,
             requests=len(wanted),
             other_rows=plan.num_rows - len(wanted),
-            level_seconds=source.level_seconds,
+            level_seconds=source.costs(most),
             steps=max(source.rested, 1),
-        ), width
+        )
+        source.calls += depth > 0
+        if depth and source.calls % _LOOK_DEEPER == 0:
+            # How often a level comes true is only learned where it is drafted.
+            depth = min(depth + 1, most)
+        return depth, width
 
     def _tree(self, number: int, proposal: Proposal, want: Wanted) -> TokenTree:
         """What proposer `number` suggests, without what lies too deep, behind the end of the text, or nowhere."""
@@ -299,7 +323,12 @@ class Speculator:
         ranked = RankedTrees([TokenTree() if tree.draws else tree for tree in trees])
         budget = len(trees) + room - drawn
         needs = None
-        if self.limits.pace == "adaptive":
+        other_rows = plan.num_rows - len(wanted) + drawn
+        whole = min(budget, len(trees) + int(ranked.sizes.sum()))
+        # What so many rows cost is tried a few times: a curve that is never asked stays wrong.
+        if self.limits.pace == "adaptive" and (
+            not self.curve.known or self.curve.has_seen(whole + other_rows)
+        ):
             paces = [self._pace_of(seq) for seq in wanted]
             depth = max(max(tree.depths(), default=0) for tree in trees)
             wish = needs_of(paces, plan.now, depth)
@@ -308,7 +337,7 @@ class Speculator:
                 self.curve,
                 self._keys,
                 budget,
-                other_rows=plan.num_rows - len(wanted) + drawn,
+                other_rows=other_rows,
                 overhead=self._propose_seconds,
                 needs=wish,
             )

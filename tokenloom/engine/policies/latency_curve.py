@@ -21,6 +21,7 @@ _SMALLEST_SCALE: Final = 0.01
 _OUTLIER: Final = 4.0
 _FOLLOW: Final = 0.05
 _ENOUGH: Final = 8
+_FEW: Final = 3
 
 
 class LatencyCurve:
@@ -73,6 +74,10 @@ class LatencyCurve:
     def trusted_rows(self) -> int:
         """Rows up to which the curve may be believed: twice the most that were ever observed."""
         return 2 * self._most_rows
+
+    def has_seen(self, rows: int) -> bool:
+        """Whether steps of about so many rows were observed a few times."""
+        return bool(self._counts[bisect_right(self._knots, max(rows, 1)) - 1] >= _FEW)
 
     def seconds(self, rows: int, keys: int) -> float:
         """Estimated seconds of a step of `rows` rows (at least 1) that attend to `keys` keys in all."""

@@ -218,18 +218,18 @@ class DraftGate:
         *,
         requests: int,
         other_rows: int,
-        level_seconds: float,
+        level_seconds: float | Sequence[float],
         steps: int = 1,
         rows: Sequence[float] | None = None,
         price: float = 0.0,
     ) -> int:
         """Levels to draft for `requests` sequences in this step, at most len(gains).
 
-        `gains` are `expected_gains` (the mean over the requests); each level costs `level_seconds` of drafting and
-        `rows` of the target per request (one, if not given: selection leaves out what is not worth it, so that it may
-        be less); `steps` have passed since the last call. The depth whose tokens are worth most above its seconds at
-        `price` is taken, or with a price of 0 the one with the most tokens a second; a curve that knows nothing yet
-        asks for one level, which teaches it.
+        `gains` are `expected_gains` (the mean over the requests); each level costs `level_seconds` of drafting (or, as
+        a sequence, drafting to each depth from 0 on costs so much) and `rows` of the target per request (one, if not
+        given: selection leaves out what is not worth it, so that it may be less); `steps` have passed since the last
+        call. The depth whose tokens are worth most above its seconds at `price` is taken, or with a price of 0 the one
+        with the most tokens a second; a curve that knows nothing yet asks for one level, which teaches it.
         """
         if not gains or requests < 1:
             return 0
@@ -238,7 +238,8 @@ class DraftGate:
         levels = np.arange(len(gains) + 1)
         nodes = np.append(0.0, np.cumsum(np.ones(len(gains)) if rows is None else rows))
         verified = np.rint(requests * (1 + nodes)).astype(np.int64) + other_rows
-        seconds = curve.seconds_of(verified, keys) + level_seconds * levels
+        drafting = level_seconds * levels if isinstance(level_seconds, float) else np.array(level_seconds)
+        seconds = curve.seconds_of(verified, keys) + drafting
         tokens = 1 + np.append(0.0, np.cumsum(gains))
         if price:
             best = int((requests * tokens - price * seconds).argmax())
