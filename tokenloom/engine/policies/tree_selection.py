@@ -29,10 +29,10 @@ need most (the furthest behind first, as in the paper's text; its released code 
 class SelectionPolicy:
     """The two phases of the paper, what they become where rows are dear, and the paper's ablations.
 
-    `boost` is what a node that a need asks for is worth against one that nobody needs: the first phase passes over
-    nodes that are less than 1 / `boost` times as likely to be taken as the last one that the budget could hold
-    without needs. Infinite is the paper: needs first, whatever their nodes are worth. A finite one keeps a request
-    that is far behind from spending rows that hardly help it and would help others.
+    `boost` (at least 1) is what a node that a need asks for is worth against one that nobody needs: the first phase
+    passes over nodes that are less than 1 / `boost` times as likely to be taken as the last one that the budget could
+    hold without needs. Infinite is the paper: needs first, whatever their nodes are worth. A finite one keeps a
+    request that is far behind from spending rows that hardly help it and would help others.
     `serve_needs` off leaves out the first phase. `rest` "equal" splits what the first phase leaves evenly instead of
     giving it to the best nodes, and "none" leaves it unused. In the first phase a request gets at most
     `cap` x budget / requests nodes (0: no cap), so that nobody who is far behind takes everything.
