@@ -62,6 +62,7 @@ class Drafter:
         self.name = name
         self.children = children
         self.asked: list[Wanted] = []
+        self.obeys = True
 
     def propose(self, wanted: Seq[Wanted]) -> list[Proposal]:
         self.asked += wanted
@@ -71,6 +72,8 @@ class Drafter:
         proposal = Proposal()
         level = [(-1, want.seq.tokens[-1])]
         for _ in range(min(want.max_depth, 2)):
+            if self.obeys and len(proposal.tokens) + 2 * len(level) > want.max_nodes:
+                break
             below: list[tuple[int, int]] = []
             for parent, token in level:
                 drawn, regime = self.children(token)
@@ -132,14 +135,14 @@ def make_engine(
     engine = Engine(
         make_executor(CONFIG, numerics),
         EngineLimits(
-            vocab_size=VOCAB, max_context=64, num_pages=pages, pages_per_frame=3, max_running=64, max_waiting=10**6,
+            vocab_size=VOCAB, max_context=64, num_pages=pages, pages_per_frame=3, max_running=32, max_waiting=10**6,
             debug=True,
         ),
         budget=ChunkedPrefill(max_batch_tokens=2048),
     )  # fmt: skip
     fields: dict[str, Any] = {
         "max_depth": 2,
-        "max_nodes": 18,
+        "max_nodes": 24,
         "width": 2,
         "max_rows": 1500,
         "pace": "fixed",
@@ -183,6 +186,7 @@ def texts_of(engine: Engine, count: int, **params: Any) -> Texts:
     for seed in range(count):
         add(engine, seed, **params)
     texts = drained(engine)
+    assert not any(source.failed for source in engine.speculator.sources)
     engine.close()
     return texts
 
@@ -318,6 +322,7 @@ def test_a_draft_of_another_vocabulary() -> None:
 def test_a_budget_of_rows_drops_no_draws() -> None:
     rows: list[int] = []
     proposer = distinct()
+    proposer.obeys = False
     engine = make_engine(proposer, max_rows=9)
     engine.on_step = lambda record: rows.append(record.verify_rows)
     for seed in range(3):
@@ -466,8 +471,10 @@ def test_draws_that_cannot_be_cost_the_proposer_only(draws: Draws, caplog: pytes
             return Proposal([2, 3], [-1, 0], [0, 0], [0.5, 0.5], {-1: draws})
 
     engine = make_engine(Wrong(lambda token: ([], "chosen")), best("chosen"))
+    for seed in range(20):
+        add(engine, seed)
     with caplog.at_level(logging.CRITICAL):
-        texts = texts_of(engine, 20)
+        texts = drained(engine)
     assert all(len(text) == 4 for text in texts.values())
     assert [source.failed for source in engine.speculator.sources] == [True, False]
 
