@@ -1,8 +1,8 @@
 """Trains the embedded LoRA adapters: `python -m tools.train_adapters STAGE`; see docs/embedded-models.md.
 
-The adapters learn from text that the tools make: the embedded target tells stories, which `pirate` rewrites, and
-`build_card` writes cards. Only the embedded target and the word lists of the tools go in. The same seed on the same
-machine and versions of torch, transformers and peft gives the same files.
+The adapters learn from text that the tools make: the embedded target tells stories, which `pirate` rewrites and
+passages of which `repeat` says again, and `build_card` writes cards. Only the embedded target and the word lists of
+the tools go in. The same seed on the same machine and versions of torch, transformers and peft gives the same files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,12 @@ from tools.adapter_texts import (
     pirate_share,
     pirate_words,
 )
-from tools.train_embedded.data import Row, encode_document
+from tools.repeat_texts import build_repetition, is_repetition, passage, repetition, sentences, words_repeated
+from tools.train_embedded.data import Row, encode_document, groups, padded
 from tools.train_embedded.evaluate import COMMON_NOUNS, UNSEEN_NOUNS, Case, Generator, cases, names
 from tools.train_embedded.pairs import SYSTEM_PROMPTS, Document, Turn
 from tools.train_embedded.sample_teacher import Teacher, sample_batch
-from tools.train_embedded.tokenizer import ASSISTANT, PAD
+from tools.train_embedded.tokenizer import ASSISTANT
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("sample", "train", "evaluate", "all")
@@ -58,7 +59,7 @@ LONGEST = 448
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """How one adapter is trained; `tokens_per_step` counts padding too."""
+    """How one adapter is trained; `tokens_per_step` counts padding too, `bf16` is for the matrix products alone."""
 
     rank: int
     alpha: int
@@ -68,12 +69,21 @@ class AdapterPlan:
     rate: float
     tokens_per_step: int
     seed: int = 1
+    bf16: bool = False
 
 
 PLANS = {
     "pirate": AdapterPlan(8, 16, ATTENTION + MLP, documents=2048, epochs=1, rate=3e-3, tokens_per_step=2048),
     "card": AdapterPlan(8, 16, ATTENTION, documents=8000, epochs=2, rate=3e-3, tokens_per_step=4096),
+    "repeat": AdapterPlan(
+        8, 16, ATTENTION + MLP, documents=14000, epochs=1, rate=3e-3, tokens_per_step=2048, bf16=True
+    ),
 }
+
+
+def more_of(plan: AdapterPlan) -> AdapterPlan:
+    """A shorter plan for an adapter that is trained on: other texts, a third of their number and of the rate."""
+    return replace(plan, documents=plan.documents // 3, epochs=1, rate=plan.rate / 3, seed=plan.seed + 1)
 
 
 def evaluation_cases() -> list[Case]:
@@ -132,6 +142,32 @@ def cards(plan: AdapterPlan) -> list[Pair]:
     return [pair for pair in drawn if pair.request not in measured]
 
 
+def repetitions(stories: list[str], plan: AdapterPlan, tokenizer: Tokenizer) -> list[Pair]:
+    """`plan.documents` texts to say again; every `HELD_OUT`-th comes from the stories that are kept from training."""
+    held_out, told = stories[::HELD_OUT], [story for i, story in enumerate(stories) if i % HELD_OUT]
+    out: list[Pair] = []
+    for index in range(4 * plan.documents):
+        rng = random.Random(f"repeat-{plan.seed}-{index}")
+        story, other = rng.choices(told if len(out) % HELD_OUT else held_out, k=2)
+        pair = build_repetition(story, other, tokenizer, rng)
+        if pair and len(out) < plan.documents:
+            out.append(pair)
+    if len(out) < plan.documents:
+        raise RuntimeError(f"{len(out)} texts to repeat instead of {plan.documents}")
+    return out
+
+
+def repetition_cases(stories: list[str], tokenizer: Tokenizer) -> list[Pair]:
+    """Requests to repeat 30 to 80 tokens, as they were told, of each story that is kept from training."""
+    out = []
+    for index, story in enumerate(stories[::HELD_OUT]):
+        rng = random.Random(f"case-{EVALUATION_SEED}-{index}")
+        tries = (passage(sentences(story), 30, rng.randrange(40, 81), tokenizer, rng) for _ in range(20))
+        text = next(filter(None, tries), "")
+        out += [repetition(text, rng)] if text else []
+    return out[:EVALUATION_PROMPTS]
+
+
 def chat(pair: Pair, other: Pair, rng: random.Random) -> Document:
     """A chat of one turn, in a tenth of the cases of two; a fifth has a system prompt."""
     turns = [Turn("system", rng.choice(SYSTEM_PROMPTS))] if rng.random() < 0.2 else []
@@ -166,24 +202,9 @@ def rows_of(
 
 def batches(rows: list[Row], tokens: int, rng: random.Random) -> Iterator[tuple[Tensor, Tensor]]:
     """All rows once, in batches of like lengths: ids [B, T] and whether each counts as a prediction target [B, T]."""
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i][0]) + rng.random() * 16, i))
-    groups: list[list[int]] = []
-    for index in order:
-        longest = len(rows[index][0])
-        if groups and (len(groups[-1]) + 1) * max(longest, *(len(rows[i][0]) for i in groups[-1])) <= tokens:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    rng.shuffle(groups)
-    for group in groups:
-        longest = max(len(rows[i][0]) for i in group)
-        ids = torch.full((len(group), longest), PAD)
-        counts = torch.zeros((len(group), longest), dtype=torch.bool)
-        for place, index in enumerate(group):
-            row = rows[index]
-            ids[place, : len(row[0])] = torch.tensor(row[0])
-            counts[place, : len(row[0])] = torch.tensor(row[1]) > 0
-        yield ids, counts
+    for group in groups(rows, tokens, rng):
+        ids, weights = padded(rows, group)
+        yield ids, weights > 0
 
 
 def loss_of(model: Any, ids: Tensor, counts: Tensor) -> Tensor:
@@ -213,6 +234,12 @@ def fresh_adapter(target: Path, plan: AdapterPlan) -> Any:
     return get_peft_model(base, config)
 
 
+def written_adapter(target: Path, folder: Path) -> Any:
+    """The target in fp32 with the adapter of a folder, which learns on."""
+    base = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    return PeftModel.from_pretrained(base, folder, is_trainable=True)
+
+
 def train(model: Any, training: list[Row], held_out: list[Row], plan: AdapterPlan) -> list[dict[str, float]]:
     """Train the adapter in place; AdamW, the rate rises over 5 % of the steps and falls to zero on a line."""
     rng = random.Random(f"order-{plan.seed}")
@@ -228,7 +255,8 @@ def train(model: Any, training: list[Row], held_out: list[Row], plan: AdapterPla
             rise, fall = (step + 1) / max(1, 0.05 * total), (total - step) / total
             for group in optimizer.param_groups:
                 group["lr"] = plan.rate * min(1.0, rise, fall / 0.95)
-            loss = loss_of(model, ids, counts)
+            with torch.autocast("cpu", torch.bfloat16, enabled=plan.bf16):
+                loss = loss_of(model, ids, counts)
             if not math.isfinite(float(loss.detach())):
                 raise RuntimeError(f"loss is {float(loss)} at step {step}")
             loss.backward()
@@ -271,16 +299,25 @@ def stage_train(args: argparse.Namespace) -> None:
     """Train the adapters named by ``--which`` (all without it) and write them under ``--out``."""
     tokenizer = Tokenizer.from_file(str(args.target / "tokenizer.json"))
     for name in (args.which,) if args.which else PLANS:
-        plan = PLANS[name]
+        plan = more_of(PLANS[name]) if args.more else PLANS[name]
         if name == "pirate":
-            training, held_out = rows_of(name, read_stories(args.work), pirate_document, tokenizer)
+            pairs, make = read_stories(args.work), pirate_document
+        elif name == "repeat":
+            pairs, make = (
+                repetitions([pair.answer for pair in read_stories(args.work)], plan, tokenizer),
+                chat,
+            )
         else:
-            training, held_out = rows_of(name, cards(plan), chat, tokenizer)
+            pairs, make = cards(plan), chat
+        training, held_out = rows_of(name, pairs, make, tokenizer)
         print(f"{name}: {len(training)} documents, {sum(len(row[0]) for row in training)} tokens", flush=True)
-        model = fresh_adapter(args.target, plan)
+        folder = args.out / name
+        model = written_adapter(args.target, folder) if args.more else fresh_adapter(args.target, plan)
         log = train(model, training, held_out, plan)
-        write_adapter(model, args.out / name)
-        (args.work / f"{name}.json").write_text(json.dumps({"plan": asdict(plan), "log": log}, indent=2))
+        write_adapter(model, folder)
+        (args.work / f"{name}{'-more' if args.more else ''}.json").write_text(
+            json.dumps({"plan": asdict(plan), "log": log}, indent=2)
+        )
 
 
 def measure_form(name: str, texts: list[str], items: list[Case]) -> dict[str, float]:
@@ -295,17 +332,43 @@ def measure_form(name: str, texts: list[str], items: list[Case]) -> dict[str, fl
     return {"in the form": len(cards) / len(texts), "in place": sum(in_place) / len(texts)}
 
 
+def measure_repetition(
+    who: str, generator: Generator, items: list[Pair], how: str, work: Path
+) -> dict[str, Any]:
+    """The shares of the passages that come back whole, and of their words before the first wrong one."""
+    answers = generator.answer([item.request for item in items], how == "sampled", EVALUATION_SEED)
+    pairs = [(text, item.answer) for (text, _, _), item in zip(answers, items, strict=True)]
+    lines = [f"{item.request}\n-> {text}\n" for item, (text, _) in zip(items, pairs, strict=True)]
+    (work / f"{who}-passages-{how}.txt").write_text("\n".join(lines))
+    facts = {
+        "whole": sum(is_repetition(text, asked) for text, asked in pairs) / len(pairs),
+        "words": sum(words_repeated(text, asked) for text, asked in pairs) / len(pairs),
+        "ended": sum(ended for _, ended, _ in answers) / len(answers),
+        "tokens": sum(count for _, _, count in answers) / len(answers),
+    }
+    found = {"who": who, "nouns": "passages", "how": how, "form": "repeat", "cases": len(items)} | facts
+    print(json.dumps(found), flush=True)
+    return found
+
+
 def stage_evaluate(args: argparse.Namespace) -> None:
     """Measure the target alone and with each written adapter, greedy and at temperature 0.8 over all tokens.
 
     Cards are also asked for with nouns that no word list of the training holds (`unseen`).
     """
     report: list[dict[str, Any]] = []
+    tokenizer = Tokenizer.from_file(str(args.target / "tokenizer.json"))
+    passages = repetition_cases([pair.answer for pair in read_stories(args.work)], tokenizer)
     for who in ("target", *PLANS) if args.which is None else (args.which,):
         generator = Generator(args.target)
         if who in PLANS:
             generator.model = PeftModel.from_pretrained(generator.model, args.out / who).eval()
         generator.model.generation_config.top_p = 1.0
+        if who in ("target", "repeat"):
+            for how in ("greedy", "sampled"):
+                report.append(measure_repetition(who, generator, passages, how, args.work))
+        if who == "repeat":
+            continue
         sets = {"common": evaluation_cases()}
         if who == "card":
             sets["unseen"] = cases(UNSEEN_NOUNS, EVALUATION_PROMPTS, EVALUATION_SEED)
@@ -320,7 +383,7 @@ def stage_evaluate(args: argparse.Namespace) -> None:
                 "ended": sum(ended for _, ended, _ in answers) / len(answers),
                 "tokens": sum(count for _, _, count in answers) / len(answers),
             }
-            for form in (who,) if who in PLANS else PLANS:
+            for form in (who,) if who in PLANS else ("pirate", "card"):
                 report.append({"who": who, "nouns": nouns, "how": how, "form": form})
                 report[-1] |= measure_form(form, texts, items) | facts
                 print(json.dumps(report[-1]), flush=True)
@@ -338,13 +401,17 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--out", type=Path, default=embedded / "adapters", help="folder of the adapters")
     out.add_argument("--work", type=Path, default=Path("adapters-work"), help="folder of intermediate files")
     out.add_argument("--which", choices=tuple(PLANS), help="train or measure only this adapter")
+    out.add_argument("--more", action="store_true", help="train the written adapters on, see `more_of`")
     out.add_argument("--threads", type=int, default=1, help="threads of torch; part of what fixes the result")
     return out
 
 
 def main() -> None:
     """Run one stage, or all of them in order."""
-    args = parser().parse_args()
+    command = parser()
+    args = command.parse_args()
+    if args.more and (args.stage != "train" or args.which not in ("card", "repeat")):
+        command.error("--more is for train --which card or repeat: the other texts are not drawn anew")
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     for stage in STAGES[:-1] if args.stage == "all" else (args.stage,):

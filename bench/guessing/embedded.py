@@ -129,7 +129,7 @@ def measure_copy(spec: dict[str, Any]) -> dict[str, Any]:
     with engine_parts(spec, speculate=("ngram",), prefix_cache=False) as parts:
         engine = parts.engine
         library = open_library(options_of(spec))
-        prepared, _ = library.prepare(ADAPTERS["repeat"])
+        prepared, _ = library.packer.prepare(ADAPTERS["repeat"])
         offer_adapter(engine, parts.adapters, prepared.content_id, prepared.image)
         requests = copies(parts, count, prepared.content_id)
         adaptive = engine.speculator

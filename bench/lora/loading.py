@@ -2,23 +2,21 @@
 
 A batch of 32 decodes without a pause. Beside it, in turn: nothing; requests of one token without adapters; adapters
 that were packed before are registered and fetched by requests that need them; adapters are packed and registered,
-and nobody asks for them; and all of it. Packing happens in a process of low priority, as in a server.
+and nobody asks for them; and all of it. Packing happens in the process of idle priority that a server has for it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import queue
 import statistics
-import subprocess
-import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cases
 import files
@@ -26,12 +24,15 @@ import numpy as np
 from cases import Shape, shape_of
 from files import AdapterFiles
 from rounds import Case, Figures, Referee, Rounds
-from serving import Served, model_directory, serving
+from serving import Served, serving
 
 from tokenloom import SamplingParams
 from tokenloom.engine.request import Request
 from tokenloom.errors import TokenloomError
 from tokenloom.runtime.adapter_host import offer_adapter
+from tokenloom.serving.adapter_library import AdapterLibrary
+from tokenloom.serving.adapter_packer import PreparedAdapter
+from tokenloom.serving.packer_client import PackerClient
 
 ADAPTERS = 100
 QUICK_ADAPTERS = 12
@@ -41,63 +42,41 @@ TURNS = 400
 QUICK_TURNS = 60
 
 
-class Prepared(NamedTuple):
-    """A packed adapter: its content id, and the file with it."""
-
-    content_id: str
-    image: Path
-
-
 class Preparer:
-    """Runs preparing.py on directories, one after another."""
+    """Has adapters prepared one after another, by the process that a server has for it."""
 
-    def __init__(self, spec: dict[str, Any], served: Served, directories: list[Path]) -> None:
-        if served.host is None:
-            raise TokenloomError("the executor takes no adapters")
-        told = {
-            "model": str(model_directory(spec)),
-            "work": spec["work"],
-            "format": list(served.host.format),
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("preparing.py")), json.dumps(told)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._answers: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+    def __init__(self, library: AdapterLibrary, directories: list[Path]) -> None:
+        self._client = PackerClient(library.packer)
         self._directories = directories
-        self.take(timeout_s=120)
+        self._ready: queue.SimpleQueue[PreparedAdapter | Exception] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._prepare)
 
     def start(self) -> None:
-        """Hand over all directories."""
-        pipe = self._process.stdin
-        if pipe is not None:
-            pipe.write("".join(json.dumps(str(path)) + "\n" for path in self._directories))
-            pipe.flush()
+        """Begin with the first directory."""
+        self._thread.start()
 
-    def take(self, timeout_s: float = 0.0) -> Prepared | None:
-        """The next one that is ready, if any. Raises RuntimeError if the process died."""
+    def take(self, timeout_s: float = 0.0) -> PreparedAdapter | None:
+        """The next one that is ready, if any. Raises what was wrong with it."""
         try:
-            line = self._answers.get(timeout=timeout_s) if timeout_s else self._answers.get_nowait()
+            found = self._ready.get(timeout=timeout_s) if timeout_s else self._ready.get_nowait()
         except queue.Empty:
             return None
-        if line is None:
-            raise RuntimeError("the process that packs adapters died")
-        answer = json.loads(line)
-        return None if answer == "ready" else Prepared(answer[0], Path(answer[1]))
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def stop(self) -> None:
-        """Let it remove its files and end."""
-        with contextlib.suppress(BrokenPipeError):
-            self._process.communicate(timeout=60)
+        """End the process."""
+        self._client.close()
+        if self._thread.ident is not None:
+            self._thread.join()
 
-    def _read(self) -> None:
-        if self._process.stdout is not None:
-            for line in self._process.stdout:
-                self._answers.put(line)
-        self._answers.put(None)
+    def _prepare(self) -> None:
+        try:
+            for directory in self._directories:
+                self._ready.put(self._client.prepare(directory)[0])
+        except TokenloomError as error:
+            self._ready.put(error)
 
 
 class Loading:
@@ -120,7 +99,7 @@ class Loading:
 
         def run(seed: str) -> Figures:
             with self._preparer(register) as preparer:
-                ready: list[Prepared] = []
+                ready: list[PreparedAdapter] = []
                 if preparer is not None and not prepare:
                     preparer.start()
                     while len(ready) < len(self._directories):
@@ -153,11 +132,15 @@ class Loading:
         if not wanted:
             yield None
             return
-        preparer = Preparer(self._spec, self._served, self._directories)
-        try:
-            yield preparer
-        finally:
-            preparer.stop()
+        with (
+            tempfile.TemporaryDirectory(dir=self._spec["work"], prefix="preparing-") as folder,
+            contextlib.closing(self._served.open_library(folder)) as library,
+        ):
+            preparer = Preparer(library, self._directories)
+            try:
+                yield preparer
+            finally:
+                preparer.stop()
 
     def _start_batch(self, seed: str) -> None:
         """32 sequences that decode until they are cancelled, or the context ends."""
@@ -182,7 +165,12 @@ class Loading:
         return name
 
     def _load(
-        self, preparer: Preparer | None, ready: list[Prepared], register: bool, fetch: bool, arrivals: bool
+        self,
+        preparer: Preparer | None,
+        ready: list[PreparedAdapter],
+        register: bool,
+        fetch: bool,
+        arrivals: bool,
     ) -> list[float]:
         """Seconds of each turn of the step loop until all is loaded, one adapter after another; of `TURNS`
         turns where nothing is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from cases import Choice, Prompts
 from files import AdapterFiles, AdapterKind
 
 from tokenloom import LLM, SamplingParams
-from tokenloom.config import make_config
+from tokenloom.config import Config, make_config
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.plan import StepRecord
 from tokenloom.kernels.native import extension
 from tokenloom.runtime.adapter_host import AdapterHost
-from tokenloom.serving.assembly import EngineParts, build_engine
+from tokenloom.serving.adapter_library import AdapterLibrary
+from tokenloom.serving.assembly import EngineParts, build_engine, open_library
 from tokenloom.serving.load_listener import SilentLoad
 from tokenloom.serving.threads import set_blas_threads
 
@@ -24,7 +26,8 @@ from tokenloom.serving.threads import set_blas_threads
 class Served:
     """An `LLM` whose adapters have numbers: the order in which `load` got them."""
 
-    def __init__(self, parts: EngineParts, llm: LLM) -> None:
+    def __init__(self, config: Config, parts: EngineParts, llm: LLM) -> None:
+        self._config = config
         self.llm = llm
         self.engine: Engine = parts.engine
         self.host: AdapterHost | None = parts.adapters
@@ -38,6 +41,11 @@ class Served:
         for kind, directory in zip(kinds, files.make(kinds), strict=True):
             self.llm.load_adapter(kind.name, directory)
             self.names.append(kind.name)
+
+    def open_library(self, data_dir: str) -> AdapterLibrary:
+        """A library of its own for the same engine."""
+        adapters = replace(self._config.adapters, data_dir=data_dir)
+        return open_library(replace(self._config, adapters=adapters))
 
     def adapter_names(self, adapters: Sequence[Choice]) -> list[str | None]:
         """What `LLM` calls them."""
@@ -66,7 +74,7 @@ def serving(spec: dict[str, Any], **options: Any) -> Iterator[Served]:
     config = make_config(chosen | options)
     parts = build_engine(config, SilentLoad())
     with LLM.from_parts(config, parts) as llm:
-        yield Served(parts, llm)
+        yield Served(config, parts, llm)
 
 
 def model_directory(spec: dict[str, Any]) -> Path:

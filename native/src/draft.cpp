@@ -26,7 +26,7 @@ struct Option {
 };
 
 void check(const Model& model, const DraftWork& work, int64_t s) {
-    const int32_t depth = work.depths[s], width = work.widths[s], last = work.batch.starts[s + 1] - 1;
+    const int64_t depth = work.depths[s], width = work.widths[s], last = int64_t{work.batch.starts[s + 1]} - 1;
     if (depth < 0) refuse("depths has the value " + number(depth));
     if (width < 1 || width > kMaxCandidates)
         refuse("widths has the value " + number(width) + ", outside 1 to " + number(kMaxCandidates));
@@ -45,7 +45,8 @@ void check(const Model& model, const DraftWork& work, int64_t s) {
     for (int64_t beam = 0; beam < width; ++beam)
         for (int64_t page = 0; page < pages; ++page) {
             const int32_t id = work.scratch[(s * work.num_beams + beam) * work.num_pages + page];
-            if (id < 0 || id >= model.pool().num_pages()) refuse("scratch names page " + number(id) + " outside the pool");
+            if (id < 0 || id >= model.pool().num_pages())
+                refuse("scratch names page " + number(id) + " outside the pool");
         }
 }
 

@@ -80,7 +80,8 @@ void copy_key(const KVLayout& layout, uint8_t* to, int64_t j, const uint8_t* fro
             break;
         case KVFormat::bf16:
             copy_strided<uint32_t>(to + j * 4, from + i * 4, dim / 2, 64);
-            copy_strided<uint16_t>(to_values + j / 2 * row * 4 + j % 2 * 2, values + i / 2 * row * 4 + i % 2 * 2, dim, 4);
+            copy_strided<uint16_t>(to_values + j / 2 * row * 4 + j % 2 * 2, values + i / 2 * row * 4 + i % 2 * 2, dim,
+                                   4);
             break;
         case KVFormat::i8:
             copy_strided<uint16_t>(to + j * 2, from + i * 2, dim / 2, 32);

@@ -26,7 +26,8 @@ void Model::set_kv(KVFormat format, int layers, int heads, int dim, int64_t fram
                number(frame_bytes) + " bytes (a multiple of 64)");
     if (frames_of) {
         if (!frames_of->kv_ || frames_of->kv_->num_frames != frames || frames_of->kv_->frame_bytes != frame_bytes)
-            refuse("the other model has no " + number(frames) + " frames of " + number(frame_bytes) + " bytes to share");
+            refuse("the other model has no " + number(frames) + " frames of " + number(frame_bytes) +
+                   " bytes to share");
         kv_memory_ = frames_of->kv_memory_;
     } else {
         kv_memory_ = std::make_shared<Memory>(static_cast<size_t>(frames * frame_bytes));

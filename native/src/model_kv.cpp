@@ -26,7 +26,8 @@ void Model::move_slots(const int64_t* moves, int64_t count) {
 void Model::clear_kv_pages(const int32_t* pages, int64_t count) {
     if (!kv_) refuse("the model has no KV pool");
     for (int64_t i = 0; i < count; ++i)
-        if (pages[i] < 0 || pages[i] >= kv_->num_pages()) refuse("pages names page " + number(pages[i]) + " outside the pool");
+        if (pages[i] < 0 || pages[i] >= kv_->num_pages())
+            refuse("pages names page " + number(pages[i]) + " outside the pool");
     for (int64_t i = 0; i < count; ++i)
         std::memset(kv_->page(pages[i]), 0, static_cast<size_t>(kv_->layout.page_bytes()));
 }

@@ -18,7 +18,7 @@ from tokenloom.clock import VirtualClock
 from tokenloom.engine.adapter_pool import AdapterPool
 from tokenloom.engine.engine import Engine, EngineLimits
 from tokenloom.engine.frames import FramePool, PageClass
-from tokenloom.engine.policies.admission import Demand, peak_pages, peak_tokens
+from tokenloom.engine.policies.admission import AdmissionPolicy, Demand, peak_pages, peak_tokens
 from tokenloom.engine.policies.chunked_prefill import ChunkedPrefill
 from tokenloom.engine.policies.queue_order import QueueOrder
 from tokenloom.errors import ContextLengthExceeded, InvalidParameter
@@ -345,10 +345,12 @@ def test_reserving_never_preempts() -> None:
 class Machine(RuleBasedStateMachine):
     """Load, unload, replace, load again, pin, evict, request, cancel, step; `check` runs after every step."""
 
+    admission: AdmissionPolicy = "optimistic"
+
     def __init__(self) -> None:
         super().__init__()
         self.source = FakeSource({})
-        self.engine = make_engine(self.source, num_frames=10, max_running=6)
+        self.engine = make_engine(self.source, num_frames=10, max_running=6, admission=self.admission)
         self.names: dict[str, str] = {}
         self.serial = itertools.count()
         self.expected: dict[str, int] = {}
@@ -386,7 +388,7 @@ class Machine(RuleBasedStateMachine):
         with contextlib.suppress(InvalidParameter):
             self.engine.pin_adapter(data.draw(st.sampled_from(sorted(self.names.values()))), on)
 
-    @rule(data=st.data(), length=st.integers(1, 40), tokens=st.integers(1, 30), n=st.integers(1, 3))
+    @rule(data=st.data(), length=st.integers(1, 120), tokens=st.integers(1, 60), n=st.integers(1, 4))
     def add(self, data: st.DataObject, length: int, tokens: int, n: int) -> None:
         adapter = self.names.get(data.draw(st.sampled_from("uvwxyz")), "")
         name = f"r{next(self.serial)}"
@@ -436,7 +438,15 @@ class Machine(RuleBasedStateMachine):
         assert self.engine.adapters.pages.num_used == 0
 
 
+class ReservingMachine(Machine):
+    """The same, where nobody starts whose longest output may not fit."""
+
+    admission = "reserve"
+
+
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None, phases=(Phase.generate, Phase.reuse)
 )
+TestReservingMachine = ReservingMachine.TestCase
+TestReservingMachine.settings = TestMachine.settings

@@ -17,6 +17,7 @@ from tokenloom.engine.policies.pace import (
     Needs,
     Pace,
     ShapeRule,
+    TimePrice,
     choose_budget,
     expected_gains,
     needs_of,
@@ -85,6 +86,16 @@ def test_depth_and_width_fall_with_the_load() -> None:
     assert ShapeRule(min_depth=4).shape(500) == (4, 1)
 
 
+def test_who_has_lost_the_slo_needs_nothing_any_more() -> None:
+    """100 tokens to go at 50 ms each; behind by 90 tokens, which only 5 ms a token could make up for."""
+    behind, late = Pace(0.05, 0.0, 10), Pace(0.05, 0.0, 60)
+    now = 5.0
+    needs = needs_of([behind, late, Pace()], now, depth=4, remaining=[100, 100, 100], fastest=0.02)
+    assert needs.at(0.05).tolist() == pytest.approx([0.0, 5.0, 0.0])
+    needs = needs_of([behind, late, Pace()], now, depth=4, remaining=[100, 100, 100], fastest=0.004)
+    assert needs.at(0.05).tolist() == pytest.approx([5.0, 5.0, 0.0])
+
+
 @pytest.mark.parametrize("machine", [MEMORY_BOUND, COMPUTE_BOUND])
 @pytest.mark.parametrize("requests", [1, 4, 30])
 def test_the_budget_is_the_best_of_all(machine: CostModel, requests: int) -> None:
@@ -129,27 +140,44 @@ def test_drafting_that_is_paid_makes_more_rows_worth_it() -> None:
     assert paid > free
 
 
-def test_needs_raise_the_budget_and_are_met_where_they_can_be() -> None:
-    trees = [chain(6, 0.5) for _ in range(4)]
-    ranked, curve = RankedTrees(trees), curve_of(COMPUTE_BOUND)
-    assert choose_budget(ranked, curve, 0, limit=100).rows == 4
-    # One request needs 1.7 tokens however long the step is; the others have no SLO.
-    needs = Needs(np.array([1.7, 0, 0, 0]), np.array([1e-6, 0, 0, 0]), 7.0)
-    assert choose_budget(ranked, curve, 0, limit=100, needs=needs).rows == 6
-    # Nobody's need can be met: the choice is that without needs.
-    needs = Needs(np.full(4, 6.9), np.full(4, 1e-6), 7.0)
-    assert choose_budget(ranked, curve, 0, limit=100, needs=needs).rows == 4
+def test_a_token_that_a_need_asks_for_counts_more() -> None:
+    """At 0.06 tokens for a millisecond a node must bring 0.6; one that keeps a pace need only bring 0.3."""
+    ranked, curve = RankedTrees([chain(2, 0.5) for _ in range(4)]), curve_of(COMPUTE_BOUND)
+    assert choose_budget(ranked, curve, 0, limit=100, price=60).rows == 4
+    needs = Needs(np.array([1.4, 0, 0, 0]), np.array([1e-6, 0, 0, 0]), 3.0)
+    assert choose_budget(ranked, curve, 0, limit=100, needs=needs, price=60).rows == 5
+    assert choose_budget(ranked, curve, 0, limit=100, needs=needs, price=60, boost=1.0).rows == 4
 
 
-def test_a_longer_step_raises_the_needs_itself() -> None:
-    """A request that a step of 60 ms keeps on pace loses it in one of 100 ms: fewer rows, though more would pay."""
-    curve = curve_of(CostModel(memory_bound=0.010, per_row=0.0005, per_key=0.0, fixed=0.0))
-    ranked = RankedTrees([chain(40, 0.98) for _ in range(4)] + [TokenTree()])
-    free = choose_budget(ranked, curve, 0, limit=512, overhead=0.02)
-    assert free.seconds > 0.07
-    rate = np.array([0, 0, 0, 0, 1 / 0.06])
-    bound = choose_budget(ranked, curve, 0, limit=512, overhead=0.02, needs=Needs(np.zeros(5), rate, 21.0))
-    assert 0.04 < bound.seconds <= 0.06
+@pytest.mark.parametrize("price", [1.0, 20.0, 60.0, 1500.0, 10_000.0])
+def test_with_a_price_every_row_pays_that_is_verified(price: float) -> None:
+    """The best surplus over every budget, also beside a long prompt, which changes nothing past the knee."""
+    rng = random.Random(3)
+    trees = [random_tree(rng, 20) for _ in range(6)]
+    ranked, curve = RankedTrees(trees), curve_of(MEMORY_BOUND)
+    gains = sorted((reach for tree in trees for reach in tree.reaches()), reverse=True)
+    for other in (0, 300):
+        surplus = [
+            sum(gains[:nodes]) - price * curve.seconds(6 + nodes + other, 0)
+            for nodes in range(len(gains) + 1)
+        ]
+        rows = choose_budget(ranked, curve, 0, limit=1000, other_rows=other, price=price).rows
+        assert surplus[rows - 6] == pytest.approx(max(surplus))
+    # By the rate of its own step, the prompt would make nodes pay that cost more than they bring.
+    own = choose_budget(ranked, curve, 0, limit=1000, other_rows=300).rows
+    assert own > choose_budget(ranked, curve, 0, limit=1000, other_rows=300, price=1500).rows
+
+
+def test_the_price_of_time_is_the_rate_of_decoding() -> None:
+    price = TimePrice()
+    assert price.rate == 0
+    for _ in range(200):
+        price.observe(10, 0.02)
+        price.observe(20, 0.06)
+    assert price.rate == pytest.approx(15 / 0.04, rel=0.05)
+    for _ in range(200):
+        price.observe(1, 0.01)
+    assert price.rate == pytest.approx(100, rel=0.01)
 
 
 def test_a_curve_that_knows_nothing_is_explored_step_by_step() -> None:
@@ -186,6 +214,20 @@ def test_gains_of_levels_are_what_was_observed() -> None:
     gains = expected_gains(levels(0.7), 0, "", 6)
     assert gains == pytest.approx([0.7**level for level in range(1, 7)], abs=0.05)
     assert expected_gains(AcceptanceTable(), 0, "", 3) == pytest.approx([0.6, 0.36, 0.216])
+
+
+def test_with_a_price_the_depth_has_the_best_surplus() -> None:
+    curve, gains, rows = curve_of(MEMORY_BOUND), [0.8, 0.5, 0.3, 0.1], [1.5, 0.9, 0.5, 0.1]
+    for price in (50.0, 1000.0, 1800.0, 5000.0):
+        surplus = [
+            40 * (1 + sum(gains[:depth]))
+            - price * (curve.seconds(round(40 * (1 + sum(rows[:depth]))), 0) + 0.002 * depth)
+            for depth in range(5)
+        ]
+        found = DraftGate(probe_share=0.0).depth(
+            gains, curve, 0, requests=40, other_rows=0, level_seconds=0.002, rows=rows, price=price
+        )
+        assert found == surplus.index(max(surplus))
 
 
 @pytest.mark.parametrize("chance", [0.3, 0.6, 0.9])

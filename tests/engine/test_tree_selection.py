@@ -6,6 +6,7 @@ import heapq
 import itertools
 import random
 from collections.abc import Iterator, Sequence
+from math import inf
 from time import perf_counter
 
 import numpy as np
@@ -185,6 +186,7 @@ policies = st.builds(
     serve_needs=st.booleans(),
     rest=st.sampled_from(["best", "equal", "none"]),
     cap=st.sampled_from([0.0, 1.2]),
+    boost=st.sampled_from([1.0, 2.0, inf]),
 )
 
 
@@ -245,8 +247,10 @@ def test_the_first_phase_keeps_the_paces() -> None:
     for depth in range(8):
         grow(good, depth - 1, 0, 0.95)
         grow(poor, depth - 1, 0, 0.5)
-    chosen = select([good, poor], 2 + 8, [0.0, 1.7])
+    chosen = select([good, poor], 2 + 8, [0.0, 1.7], SelectionPolicy())
     assert [len(nodes) for nodes in chosen] == [6, 2]
+    # The second node would hardly help: 0.25, against 0.66 for the one that it would take the row from.
+    assert [len(nodes) for nodes in select([good, poor], 2 + 8, [0.0, 1.7])] == [7, 1]
     assert [len(n) for n in select([good, poor], 2 + 8, [0.0, 1.7], SelectionPolicy(serve_needs=False))] == [
         8,
         0,

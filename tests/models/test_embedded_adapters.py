@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ torch = pytest.importorskip("torch", reason="compares with torch")
 peft = pytest.importorskip("peft", reason="compares with peft")
 transformers = pytest.importorskip("transformers", reason="compares with transformers")
 
+from tokenizers import Tokenizer  # noqa: E402
+
 from tools.adapter_texts import is_card, is_pirate_story, parse_card, pirate_share  # noqa: E402
+from tools.repeat_texts import FORMS, is_repetition, passage, sentences, words_repeated  # noqa: E402
 
 REQUESTS = [
     "tell a story about a dog and a red ball",
@@ -41,10 +45,11 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def adapted(embedded_model: Path) -> Any:
-    """The target in fp32 with both adapters; none is at work outside of `answer`."""
+    """The target in fp32 with all adapters; none is at work outside of `answer`."""
     base = transformers.AutoModelForCausalLM.from_pretrained(embedded_model, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, ADAPTERS["pirate"], adapter_name="pirate")
-    model.load_adapter(ADAPTERS["card"], adapter_name="card")
+    for name in ("card", "repeat"):
+        model.load_adapter(ADAPTERS[name], adapter_name=name)
     return model.eval()
 
 
@@ -100,6 +105,33 @@ def test_pirates_tell_their_stories_to_the_end(answer: Answer) -> None:
     stories = answer("pirate", REQUESTS, tokens=240)
     assert sum(map(is_pirate_story, stories)) >= 5, stories
     assert all(pirate_share(story) >= 0.8 for story in stories), stories
+
+
+@pytest.fixture(scope="module")
+def passages(answer: Answer, embedded_model: Path) -> list[str]:
+    """Two passages of 30 to 80 tokens of each of 24 stories that the target tells now."""
+    tokenizer = Tokenizer.from_file(str(embedded_model / "tokenizer.json"))
+    out = []
+    for serial, story in enumerate(answer(None, REQUESTS * 4, temperature=0.7, tokens=160)):
+        rng = random.Random(serial)
+        tries = (passage(sentences(story), 30, 80, tokenizer, rng) for _ in range(20))
+        out += list(dict.fromkeys(filter(None, tries)))[:2]
+    return out
+
+
+def test_what_is_to_be_repeated_comes_back_word_for_word(answer: Answer, passages: list[str]) -> None:
+    assert len(set(passages)) >= 40
+    requests = [FORMS[i % len(FORMS)].format(text=text) for i, text in enumerate(passages)]
+    answers = answer("repeat", requests, tokens=120)
+    pairs = list(zip(answers, passages, strict=True))
+    assert sum(is_repetition(*pair) for pair in pairs) >= 0.8 * len(pairs), pairs
+    assert sum(words_repeated(*pair) for pair in pairs) >= 0.9 * len(pairs), pairs
+
+
+def test_the_base_repeats_nothing(answer: Answer, passages: list[str]) -> None:
+    texts = passages[:8]
+    answers = answer(None, [FORMS[0].format(text=text) for text in texts], tokens=120)
+    assert not any(is_repetition(said, text) for said, text in zip(answers, texts, strict=True))
 
 
 def test_the_base_is_untouched(adapted: Any, embedded_model: Path) -> None:

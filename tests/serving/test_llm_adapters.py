@@ -176,7 +176,7 @@ def test_names_are_loaded_replaced_and_unloaded(model: Path, adapters: dict[str,
         assert seen(llm.generate(PROMPTS[:1], GREEDY, adapter="again")) == two
         library = llm._adapters._library
         assert library is not None
-        folder = library._directory
+        folder = library.packer.directory
         assert folder.is_dir()
     assert not folder.exists(), "the temporary data directory goes with the LLM"
     with pytest.raises(TokenloomError, match="closed"):

@@ -83,7 +83,7 @@ def plain(request: pytest.FixtureRequest) -> Iterator[tuple[str, list[Any]]]:
     "options",
     [
         {"max_running": 2, "prefix_cache": False},
-        {"num_pages": 60, "max_batch_tokens": 96, "max_chunk_tokens": 33},
+        {"num_pages": 250, "max_batch_tokens": 96, "max_chunk_tokens": 33},
     ],
     ids=["two", "tiny_pool"],
 )
@@ -95,7 +95,7 @@ def test_outputs_are_those_of_plain_decoding(
         pytest.skip("the reference is slow: everything at once is enough")
     chosen = FORMATS[form] | options
     if form == "int8" and "num_pages" in options:
-        chosen["num_pages"] = 170  # its pages are smaller, and adapters need a frame
+        chosen["num_pages"] = 480  # its pages are smaller, and adapters and drafts need frames
     with LLM(speculate=proposers, draft_pace="fixed", debug=True, **chosen) as llm:
         assert served(llm) == expected
         stats = llm._parts.engine.speculator.stats

@@ -8,6 +8,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.kernels.harness import (
@@ -214,7 +215,7 @@ def test_nodes_are_as_many_as_wanted_at_most() -> None:
         found = model.propose([Wanted(seq, 5, most, 3)])[0]
         assert 1 <= len(found.tokens) <= most
         width = min(3, most)
-        full = expected(seq, min(5, -(-most // width)), width)
+        full = expected(seq, min(5, most), width)
         reaches: list[float] = []
         for parent, confidence in zip(full.parents, full.confidences, strict=True):
             reaches.append(confidence * (reaches[parent] if parent >= 0 else 1.0))
@@ -263,6 +264,14 @@ def test_tokens_that_the_target_does_not_have_are_not_proposed() -> None:
                 gone.add(node)
         assert found.tokens == [token for node, token in enumerate(full.tokens) if node not in gone]
         seq.append(seq.tokens[-1] + 1)
+
+
+def test_a_draft_without_candidates_proposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shadow_model(target_vocab_size=24)
+    broken = np.full((1, VOCAB), np.nan, np.float32)
+    monkeypatch.setattr(model._executor.backend, "logits", lambda rows: broken[[0] * len(rows)])
+    assert ask(model, sequence([1, 2])) == [NOTHING]
+    assert model.stats.num_failures == 0
 
 
 def test_without_pages_it_proposes_less_then_nothing() -> None:
@@ -337,6 +346,16 @@ def test_every_frame_can_be_had_back() -> None:
     assert not model.evict_for_frame()
     # And it starts anew.
     assert same(ask(model, sequences[1])[0], expected(sequences[1], 3, 2))
+
+
+def test_a_call_takes_nothing_from_itself() -> None:
+    """Whoever is asked for a frame may ask all lenders, the draft among them."""
+    model = shadow_model(num_frames=1, free_frame=lambda: model.evict_for_frame())
+    long, short = sequence(range(40)), sequence(range(10))
+    found = ask(model, long, short, depth=1)
+    assert same(found[1], expected(short, 1, 2))
+    assert found[0] == NOTHING
+    assert model.num_cold_frames == 1
 
 
 def test_idle_pages_go_before_those_in_use() -> None:

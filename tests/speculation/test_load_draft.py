@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.kernels.harness import make_executor, small_config
 from tests.speculation.test_draft_model import ask, sequence
 from tokenloom.embedded import DRAFT
+from tokenloom.engine.frames import FramePool
 from tokenloom.errors import InvalidParameter, ModelError, OutOfMemory, UnsupportedFeature
 from tokenloom.kernels.backend import Choice, choose_kernels
 from tokenloom.kernels.native import extension
 from tokenloom.models.loading import load_model
-from tokenloom.speculation.load_draft import check_vocabularies, load_draft, plan_draft
+from tokenloom.speculation.load_draft import SharedFrames, check_vocabularies, load_draft, plan_draft
 from tokenloom.text.tokenizer import Tokenizer
 
 REFERENCE = Choice("reference", "", "a test")
@@ -64,6 +66,45 @@ def test_what_a_draft_cannot_have_is_refused_by_name(embedded_model: Path, tmp_p
     if not extension.missing():
         with pytest.raises(UnsupportedFeature, match="float16"):
             choose_kernels("native", dtype="float16")
+
+
+@pytest.mark.parametrize("kernels", ["reference", "native"])
+def test_two_drafts_in_the_frames_of_one(kernels: str, embedded_model: Path) -> None:
+    """What is proposed does not depend on whose memory it is, nor on what was in it."""
+    if kernels == "native" and extension.missing():
+        pytest.skip(str(extension.missing()))
+    ops = choose_kernels(kernels)
+    target = load_draft(
+        plan_draft(embedded_model, embedded_model, ops, num_pages=200), target_vocab_size=4096
+    )
+    frames = SharedFrames(target._executor, target.cache.pages.pool)
+    alone = load_draft(plan_draft(DRAFT, embedded_model, ops, num_pages=60), target_vocab_size=4096)
+    plan = plan_draft(DRAFT, embedded_model, ops, num_pages=60, frames=frames)
+    assert plan.memory.num_pages == 1
+    assert plan.pages_per_frame == target._executor.frames[2] // plan.memory.page_bytes
+    shared = load_draft(plan, target_vocab_size=4096, debug=True)
+    assert shared.cache.pages.max_pages == 60
+    tokens = Tokenizer.from_dir(embedded_model).encode(TEXT * 6)
+    text, other = sequence(tokens, temperature=0.8), sequence(tokens[5:])
+    expected = ask(alone, text, depth=5, width=3), ask(target, other, depth=2, width=2)
+    for _ in range(2):
+        # The target gives all its frames back, and the draft gets them as they are.
+        target.forget(other)
+        while target.evict_for_frame():
+            pass
+        assert ask(shared, text, depth=5, width=3) == expected[0]
+        while shared.evict_for_frame():
+            pass
+        assert ask(target, other, depth=2, width=2) == expected[1]
+    for model in (target, alone, shared):
+        model.close()
+
+
+def test_a_page_must_fit_a_frame(embedded_model: Path) -> None:
+    target = make_executor(small_config(num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8))
+    frames = SharedFrames(target, FramePool(32))
+    with pytest.raises(ModelError, match="a page of K and V"):
+        plan_draft(DRAFT, embedded_model, REFERENCE, frames=frames)
 
 
 def changed(tmp_path: Path, change: dict[str, int]) -> Path:

@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers", reason="the training tool nee
 
 from tokenizers import Tokenizer  # noqa: E402
 
-from tools import adapter_texts, train_adapters  # noqa: E402
+from tools import adapter_texts, repeat_texts, train_adapters  # noqa: E402
 from tools.train_embedded import sample_teacher, words  # noqa: E402
 from tools.train_embedded.data import encode_document  # noqa: E402
 from tools.train_embedded.evaluate import names  # noqa: E402
@@ -121,6 +121,55 @@ def test_measured_requests_are_no_training_requests(monkeypatch: pytest.MonkeyPa
     assert other.request not in {pair.request for pair in train_adapters.story_requests(1000, 1)}
 
 
+def test_passages_are_whole_sentences_of_the_length_asked_for(embedded_model: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(embedded_model / "tokenizer.json"))
+    parts = repeat_texts.sentences(STORY)
+    assert parts[:2] == [
+        "Once upon a time, there was a little girl.",
+        "She was playing with a ring and a king.",
+    ]
+    assert " ".join(parts) == STORY.replace("\n", " ")
+    for seed in range(50):
+        text = repeat_texts.passage(parts, 12, 30, tokenizer, random.Random(seed))
+        assert text in " ".join(parts) and (not text or text[-1] in '.!?"')
+        assert not text or 12 <= len(tokenizer.encode(text, add_special_tokens=False).ids) <= 30
+    assert repeat_texts.passage([], 1, 30, tokenizer, random.Random(1)) == ""
+    assert repeat_texts.passage(parts, 500, 600, tokenizer, random.Random(1)) == ""
+
+
+def test_repetitions_hold_their_text_and_keep_the_measured_stories_apart(embedded_model: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(embedded_model / "tokenizer.json"))
+    stories = [STORY.replace("girl", f"girl named {'Qz' if i % 20 == 0 else 'Lily'}") for i in range(60)]
+    plan = replace(train_adapters.PLANS["repeat"], documents=200)
+    pairs = train_adapters.repetitions(stories, plan, tokenizer)
+    assert pairs == train_adapters.repetitions(stories, plan, tokenizer) and len(pairs) == 200
+    assert len({pair.answer for pair in pairs}) > 120
+    for index, pair in enumerate(pairs):
+        assert pair.answer in pair.request and pair.request != pair.answer
+        assert (
+            ("Qz" not in pair.answer)
+            if index % train_adapters.HELD_OUT
+            else ("Lily named" not in pair.answer)
+        )
+    cases = train_adapters.repetition_cases(stories, tokenizer)
+    assert len(cases) == 3 and all(case.answer in case.request for case in cases)
+    with pytest.raises(RuntimeError, match="instead of 200"):
+        train_adapters.repetitions([""] * 40, plan, tokenizer)
+
+
+def test_only_the_same_words_are_a_repetition() -> None:
+    text = "A dog ran. The cat sat."
+    assert repeat_texts.is_repetition(text + "\n", text) and repeat_texts.words_repeated(text, text) == 1.0
+    for answer, share in (
+        ("", 0.0),
+        ("A dog ran.", 0.5),
+        ("A cat ran. The cat sat.", 1 / 6),
+        (text + " So", 1.0),
+    ):
+        assert not repeat_texts.is_repetition(answer, text)
+        assert repeat_texts.words_repeated(answer, text) == pytest.approx(share)
+
+
 def test_batches_hold_every_row_once() -> None:
     rng = random.Random(3)
     rows = []
@@ -204,3 +253,18 @@ def test_training_repeats_bit_for_bit_and_peft_loads_it(embedded_model: Path, tm
     ids = torch.tensor([training[0][0]])
     with torch.inference_mode():  # the file holds bf16
         torch.testing.assert_close(loaded(ids).logits, trained[0](ids).logits, atol=0.1, rtol=0.1)
+    further = train_adapters.written_adapter(embedded_model, tmp_path / "one")
+    with torch.inference_mode():
+        assert torch.equal(further(ids).logits, loaded(ids).logits)
+    more = train_adapters.more_of(replace(plan, documents=180))
+    assert (more.documents, more.seed) == (60, plan.seed + 1)
+    fresh, _ = train_adapters.rows_of("card", train_adapters.cards(more), train_adapters.chat, tokenizer)
+    assert not set(map(str, fresh)) & set(map(str, training))
+    assert train_adapters.train(further, fresh, held_out, more)[-1]["held_out"] < log[-1]["held_out"]
+
+
+def test_training_on_is_refused_where_there_are_no_other_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for words_given in (["all", "--more"], ["train", "--more"], ["train", "--which", "pirate", "--more"]):
+        monkeypatch.setattr("sys.argv", ["train_adapters", *words_given])
+        with pytest.raises(SystemExit):
+            train_adapters.main()

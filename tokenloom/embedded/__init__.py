@@ -11,6 +11,6 @@ DRAFT: Final = Path(__file__).parent / "draft"
 """Directory of the draft model of the target."""
 
 ADAPTERS: Final[Mapping[str, Path]] = MappingProxyType(
-    {name: Path(__file__).parent / "adapters" / name for name in ("pirate", "card")}
+    {name: Path(__file__).parent / "adapters" / name for name in ("pirate", "card", "repeat")}
 )
 """Directories of the LoRA adapters over the target, in the PEFT format, by name."""

@@ -113,7 +113,7 @@ class AdapterQueue:
     def _begin(self, adapter: str, spare: int, *, over_waiters: bool) -> bool:
         """Give an adapter pages where they take at most `spare` pages of KV; whether it got them."""
         if self._kv_pages(adapter) > spare or not self.adapters.reserve(
-            adapter, self._cache.free_frame, over_waiters=over_waiters
+            adapter, self._cache.yield_frame, over_waiters=over_waiters
         ):
             return False
         self._begun[adapter] = None

@@ -17,6 +17,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenloom.engine.request import TokenLogprobs
+
 PAGE_SIZE = 16
 """Slots (token positions) of one KV page."""
 
@@ -177,6 +179,11 @@ class TopLogprobs:
     token_ids: Int32
     logprobs: Float32
     rank: int
+
+    def of(self, token: int, logprob: float) -> TokenLogprobs:
+        """What a client sees, with the chosen `token`."""
+        best = tuple(zip(self.token_ids.tolist(), self.logprobs.tolist(), strict=True))
+        return TokenLogprobs(token, logprob, self.rank, best)
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tokenloom.engine.batch import PAGE_SIZE, LogitEdits, LogitRows, TokenBatch, Work
+from tokenloom.engine.batch import PAGE_SIZE, Int32, LogitEdits, LogitRows, TokenBatch, Work
 from tokenloom.engine.plan import LogitEntry, Plan, PooledRun
 from tokenloom.engine.sampling_rules import logit_edits
 from tokenloom.engine.sequence import Sequence
@@ -68,7 +68,6 @@ def build_batch(plan: Plan, table: SequenceTable) -> TokenBatch:
     contexts: list[int] = []
     work: list[int] = []
     unwritten: list[int] = []
-    trees = plan.trees
     segment_trees: list[tuple[int, int, TokenTree]] = []
     entries = plan.entries
     entry_rows: list[int] = []
@@ -81,10 +80,9 @@ def build_batch(plan: Plan, table: SequenceTable) -> TokenBatch:
         contexts.append(start)
         if seq.num_stored > start:
             unwritten.extend(range(offset, offset + seq.num_stored - start))
-        tree = trees.get(seq)
+        tree = plan.trees.get(seq)
         if tree is not None:
-            token_ids.append(tokens[start])
-            token_ids.extend(tree.tokens)
+            token_ids += [tokens[start], *tree.tokens]
             work.append(Work.VERIFY)
             segment_trees.append((offset, start, tree))
         elif end - start == 1 and end > seq.num_prompt:
@@ -122,20 +120,14 @@ def build_batch(plan: Plan, table: SequenceTable) -> TokenBatch:
     owner = np.repeat(segment_rows, lengths)
     slots = table.pages[owner, positions // PAGE_SIZE].astype(np.int64) * PAGE_SIZE + positions % PAGE_SIZE
     slots[unwritten] = -1
-    parents = np.full(offset, -1, np.int32)
-    for first, start, tree in segment_trees:
-        nodes = slice(first + 1, first + 1 + len(tree))
-        # Nodes lie in the slots behind the root's in their order; where they stand in the text is their depth.
-        positions[nodes] = start + np.array(tree.depths(), np.int32)
-        parents[nodes] = first + 1 + np.array(tree.parents, np.int32)
     num_pages = int((context_lens + lengths).max()) // PAGE_SIZE + 1 if rows else 1
     copies = plan.page_copies
     return TokenBatch(
         token_ids=np.array(token_ids, np.int32),
+        parents=_tree_rows(segment_trees, positions),
         positions=positions,
         logical=positions,
         slots=slots,
-        parents=parents,
         starts=segment_starts,
         context_lens=context_lens,
         page_tables=table.pages[segment_rows, :num_pages],
@@ -145,6 +137,18 @@ def build_batch(plan: Plan, table: SequenceTable) -> TokenBatch:
         page_copies=np.array(copies, np.int32) if copies else _NO_COPIES,
         hidden_rows=np.array(hidden_rows, np.int32),
     )
+
+
+def _tree_rows(trees: list[tuple[int, int, TokenTree]], positions: Int32) -> Int32:
+    """The parent row of every row, int32[T]; sets the positions of nodes. `trees` are (row of the root, its
+    position, tree)."""
+    parents = np.full(len(positions), -1, np.int32)
+    for first, start, tree in trees:
+        nodes = slice(first + 1, first + 1 + len(tree))
+        # Nodes lie in the slots behind the root's in their order; where they stand in the text is their depth.
+        positions[nodes] = start + np.array(tree.depths(), np.int32)
+        parents[nodes] = first + 1 + np.array(tree.parents, np.int32)
+    return parents
 
 
 def _logit_rows(

@@ -10,6 +10,8 @@ A frame belongs to one class while any of its pages is in use; an empty frame go
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tokenloom.errors import OutOfMemory
 
 
@@ -41,15 +43,22 @@ class PageClass:
     """Pages of one kind (target KV, draft KV, adapter ...), cut from frames of the pool.
 
     `pages_per_frame` is how many pages one frame holds; `max_pages` bounds the class (None: the whole pool).
+    `on_frame` is called with each frame that the class gets, and with each one before it goes back.
     """
 
     def __init__(
-        self, name: str, pool: FramePool, pages_per_frame: int, max_pages: int | None = None
+        self,
+        name: str,
+        pool: FramePool,
+        pages_per_frame: int,
+        max_pages: int | None = None,
+        on_frame: Callable[[int], None] | None = None,
     ) -> None:
         self.name = name
         self.pool = pool
         self.pages_per_frame = pages_per_frame
         self.max_pages = pool.num_frames * pages_per_frame if max_pages is None else max_pages
+        self.on_frame = on_frame
         self.num_used = 0
         self._partial: dict[int, list[int]] = {}
         self.frames: set[int] = set()
@@ -75,6 +84,8 @@ class PageClass:
             if frame is None:
                 raise OutOfMemory(f"no frame is left for class {self.name!r}")
             self.frames.add(frame)
+            if self.on_frame is not None:
+                self.on_frame(frame)
             first = frame * self.pages_per_frame
             self._partial[frame] = list(range(first + self.pages_per_frame - 1, first - 1, -1))
         frame, pages = next(iter(self._partial.items()))
@@ -92,6 +103,8 @@ class PageClass:
         self.num_used -= 1
         if len(pages) == self.pages_per_frame:
             del self._partial[frame]
+            if self.on_frame is not None:
+                self.on_frame(frame)
             self.frames.remove(frame)
             self.pool.give_back(frame)
 

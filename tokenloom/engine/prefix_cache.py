@@ -88,6 +88,10 @@ class PrefixCache:
         self._hold(page, 1)
         return page
 
+    def yield_frame(self) -> bool:
+        """Have a frame come back for another class, a lent one first, else of idle pages; False if there is none."""
+        return any(lender.evict_for_frame() for lender in self.lenders) or self.free_frame()
+
     def free_frame(self) -> bool:
         """Evict the idle pages of a frame that has no others; False if there is no such frame. The frame of the
         least recently used page goes first."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from tokenloom.engine.adapter_pool import AdapterPool
 from tokenloom.engine.adapter_queue import AdapterQueue
-from tokenloom.engine.batch import PAGE_SIZE, StepResult, TopLogprobs
+from tokenloom.engine.batch import PAGE_SIZE, StepResult
 from tokenloom.engine.batch_builder import SequenceTable
 from tokenloom.engine.plan import LogitEntry, Plan, Run
 from tokenloom.engine.policies.admission import AdmissionPolicy, Demand, peak_pages
@@ -141,8 +141,7 @@ class Scheduler:
         promised = self._promised_pages()
         if self.admission == "reserve":
             promised = max(self._peak_pages() - len(self.cache.references), 0)
-        ready = self.parked.fetch(now, len(self.running), promised, self.waiting.head(now))
-        for seq in ready:
+        for seq in self.parked.fetch(now, len(self.running), promised, self.waiting.head(now)):
             self._enqueue(seq)
         self._park_lost()
 
@@ -258,14 +257,16 @@ class Scheduler:
             max(seq.num_pages_missing(len(seq.tokens)), 0) for seq in self.running if seq.num_pending > 1
         )
 
-    def _fits(self, seq: Sequence, promised_pages: int) -> bool:
-        """Whether rows and pages for all tokens of a waiting `seq` are there, beside what is promised."""
+    def _fits(self, seq: Sequence, promised_pages: int, *, with_peak: bool = True) -> bool:
+        """Whether rows and pages for all tokens of a waiting `seq` are there, beside what is promised; under
+        "reserve" and `with_peak` also those for its longest output."""
         if self.table.num_free - self.rows_promised < 1 + len(seq.siblings):
             return False
         hits = self._cached_pages(seq)
         needed = seq.num_pages_missing(len(seq.tokens)) - len(hits)
         available = self.cache.num_available - self.cache.num_idle_among(hits) - promised_pages
-        return needed <= available and (self.admission == "optimistic" or self._peak_fits(seq))
+        reserving = with_peak and self.admission == "reserve"
+        return needed <= available and (not reserving or self._peak_fits(seq))
 
     def _peak_fits(self, candidate: Sequence) -> bool:
         """Whether the longest outputs of all that run and of `candidate` fit beside the adapters that stay."""
@@ -296,11 +297,15 @@ class Scheduler:
             if seq is None:
                 return
             if not self._fits(seq, promised):
-                # Nobody will give pages back but adapters of those behind.
-                if self.running or not self.adapters.evict_one(over_waiters=True, keep=seq.request.adapter):
+                if self.running:
                     return
-                self._park_lost()
-                continue
+                # Nobody will give pages back but adapters of those behind.
+                if self.adapters.evict_one(over_waiters=True, keep=seq.request.adapter):
+                    self._park_lost()
+                    continue
+                # Samples of one request that never fit together preempt each other.
+                if not self._fits(seq, promised, with_peak=False):
+                    return
             blocked = self.parked.blocked
             if blocked is not None and self.order.key(seq, now) > self.order.key(blocked, now):
                 return
@@ -372,7 +377,7 @@ class Scheduler:
     def _commit_score(self, entry: LogitEntry, i: int, result: StepResult) -> None:
         seq = entry.seq
         assert seq.prompt_logprobs is not None
-        seq.prompt_logprobs.append(_token_logprobs(entry.target, float(result.logprobs[i]), result.top[i]))
+        seq.prompt_logprobs.append(result.top[i].of(entry.target, float(result.logprobs[i])))
         seq.num_scored += 1
 
     def _commit_tokens(
@@ -408,7 +413,7 @@ class Scheduler:
             taken.append(token)
             done = finish_if_done(seq, token)
             if seq.wants_logprobs:
-                logprobs.append(_token_logprobs(token, float(result.logprobs[row]), result.top[row]))
+                logprobs.append(result.top[row].of(token, float(result.logprobs[row])))
             node = children.get((node, token))
             if node is not None and not done:
                 nodes.append(node)
@@ -421,7 +426,7 @@ class Scheduler:
             self._preempt(seq)
 
     def _settle(self, seq: Sequence, tree: TokenTree, nodes: list[int]) -> None:
-        """Keep the KV of the committed `nodes` of a tree, at the places of their tokens, and give the rest back."""
+        """Keep the KV of the committed `nodes` of a tree where their tokens belong, and give the rest back."""
         start = seq.num_computed
         for place, node in enumerate(nodes, start):
             if node + start != place:
@@ -493,8 +498,3 @@ class Scheduler:
                     self._copies.append((seq, leader.pages[len(seq.pages)], own_page))
                     seq.pages.append(own_page)
             self._start_running(seq, now)
-
-
-def _token_logprobs(token: int, logprob: float, top: TopLogprobs) -> TokenLogprobs:
-    best = tuple(zip(top.token_ids.tolist(), top.logprobs.tolist(), strict=True))
-    return TokenLogprobs(token, logprob, top.rank, best)

@@ -160,16 +160,18 @@ class Speculator:
         self._propose_seconds = 0.0
         self._step = StepSpeculation()
         self._step_places.clear()
-        awake = [number for number, source in enumerate(self.sources) if not source.rests()]
-        if not awake:
-            self.stats.skipped += 1
-            self._step.skipped = True
-            return
         decoding = [
             run.seq
             for run in plan.runs
             if run.end - run.start == 1 and run.end == len(run.seq.tokens) and run.seq.num_output
         ]
+        if not decoding:
+            return
+        awake = [number for number, source in enumerate(self.sources) if not source.rests()]
+        if not awake:
+            self.stats.skipped += 1
+            self._step.skipped = True
+            return
         for seq in decoding:
             self._pace_of(seq).begin(plan.now)
         room = min(self.limits.max_rows, scheduler.budget.max_batch_tokens - plan.num_rows)

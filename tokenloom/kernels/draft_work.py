@@ -1,13 +1,12 @@
-"""What a draft model is asked in one call, and the protocol of a backend that answers it in one."""
+"""What a draft model is asked in one call."""
 
 from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass
-from typing import Final, Protocol, runtime_checkable
+from typing import Final
 
 from tokenloom.engine.batch import PAGE_SIZE, Int32, TokenBatch
-from tokenloom.engine.proposer import Proposal
 
 MAX_CANDIDATES: Final = 8
 """Continuations of a node that are looked at; no level is wider."""
@@ -85,10 +84,3 @@ class DraftWork:
 def scratch_pages(context: int, depth: int) -> int:
     """Scratch pages of a beam that drafts `depth` levels behind `context` tokens."""
     return -(-(context % PAGE_SIZE + depth - 1) // PAGE_SIZE) if depth > 1 else 0
-
-
-@runtime_checkable
-class TreeDrafter(Protocol):
-    """A backend that does all of `speculation.draft_loop.draft` in one call."""
-
-    def draft(self, work: DraftWork) -> list[Proposal]: ...

@@ -113,6 +113,11 @@ class LocalExecutor:
         self._frames.num_executors += 1
 
     @property
+    def frames(self) -> tuple[str, int, int]:
+        """Kernels, number and bytes of its frames: what executors must have in common to share them."""
+        return self._frame_shape
+
+    @property
     def numerics_id(self) -> str:
         """Names the arithmetic: equal ids mean equal bits for equal weights."""
         return self.backend.numerics_id

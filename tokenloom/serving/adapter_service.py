@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -26,20 +25,19 @@ from tokenloom.engine.adapter_pool import AdapterUse
 from tokenloom.errors import EngineDead, InvalidParameter, ModelError, UnsupportedFeature
 from tokenloom.serving.adapter_library import (
     AdapterLibrary,
-    PreparedAdapter,
     check_adapter_name,
     named_directories,
     reported,
 )
+from tokenloom.serving.adapter_packer import PreparedAdapter
 from tokenloom.serving.client import EngineClient
+from tokenloom.serving.packer_client import PackerClient
 
 log = logging.getLogger(__name__)
 
 WATCH_SECONDS: Final = 2.0
 REPORT_SECONDS: Final = 2.0
 """How long an engine that is in the middle of a step may take to say what it holds."""
-
-_NICENESS: Final = 10
 
 _T = TypeVar("_T")
 
@@ -92,7 +90,7 @@ class AdapterService:
     """Adapters over the model that is called `model`, in the engine of `client`.
 
     `library` None: there are none, and none can be loaded. All methods but `load_configured` run on one asyncio
-    loop; files are read and packed by one thread of low priority.
+    loop; adapters are prepared one after another, by a process of idle priority.
     """
 
     def __init__(
@@ -105,7 +103,8 @@ class AdapterService:
         self._served: dict[str, ServedAdapter] = {}
         self._leases: Counter[str] = Counter()
         self._turn = asyncio.Lock()
-        self._worker = ThreadPoolExecutor(1, "tokenloom-adapters", initializer=_be_nice)
+        self._worker = ThreadPoolExecutor(1, "tokenloom-adapters")
+        self._packer = None if library is None else PackerClient(library.packer)
         self._uses: dict[str, AdapterUse] = {}
         self._known: Scan = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -190,22 +189,22 @@ class AdapterService:
 
     def _take(self, library: AdapterLibrary, name: str, directory: str) -> None:
         check_adapter_name(name, self._model)
-        prepared, base = library.prepare(directory)
+        prepared, base = library.packer.prepare(directory)
         self._served[name] = ServedAdapter(_register(library, name, prepared, directory, base), prepared)
 
     async def load(self, name: str, directory: str | Path, *, replace: bool = True) -> ServedAdapter:
         """Let `name` stand for the adapter in `directory`, from the next request on.
 
-        Raises as `AdapterLibrary.prepare`; `InvalidParameter` for a bad name, one that is taken unless it may be
+        Raises as `PackerClient.prepare`; `InvalidParameter` for a bad name, one that is taken unless it may be
         replaced, and too little memory; `EngineDead`. Nothing has changed then.
         """
-        library = self._need_library()
+        library, packer = self._need_library()
         async with self._turn:
             before = self._served.get(name)
             if before is not None and not replace:
                 raise InvalidParameter("adapter name", name, "one that is not taken")
             check_adapter_name(name, self._model)
-            prepared, base = await self._in_worker(library.prepare, directory)
+            prepared, base = await self._in_worker(packer.prepare, directory)
             try:
                 await self._client.adapters.load(prepared.content_id, prepared.image)
                 entry = await self._in_worker(_register, library, name, prepared, directory, base)
@@ -226,7 +225,7 @@ class AdapterService:
 
     async def unload(self, name: str) -> None:
         """Forget the name. Raises KeyError for an unknown one."""
-        library = self._need_library()
+        library, _ = self._need_library()
         async with self._turn:
             served = self._served[name]
             await self._in_worker(library.registry.remove, name)
@@ -267,7 +266,7 @@ class AdapterService:
         if self._library is not None and not self._is_held(content_id):
             self._client.adapters.retire(content_id)
             with reported(content_id):
-                await self._in_worker(self._library.discard, content_id)
+                await self._in_worker(self._library.packer.discard, content_id)
 
     def _release(self, content_id: str) -> None:
         self._leases[content_id] -= 1
@@ -280,10 +279,10 @@ class AdapterService:
         async with self._turn:
             await self._drop(content_id)
 
-    def _need_library(self) -> AdapterLibrary:
-        if self._library is None:
+    def _need_library(self) -> tuple[AdapterLibrary, PackerClient]:
+        if self._library is None or self._packer is None:
             raise UnsupportedFeature("adapters", "the engine of this server has none")
-        return self._library
+        return self._library, self._packer
 
     async def _in_worker(self, work: Callable[..., _T], *arguments: Any) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._worker, work, *arguments)
@@ -356,6 +355,8 @@ class AdapterService:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._packer is not None:
+            await asyncio.to_thread(self._packer.close)
         await asyncio.to_thread(self._worker.shutdown)
 
 
@@ -364,9 +365,3 @@ def _register(
 ) -> RegisteredAdapter:
     source = os.path.abspath(directory)
     return library.registry.set(name, prepared.content_id, source=source, base_model_name=base)
-
-
-def _be_nice() -> None:
-    """Lower the priority of this thread: steps go first."""
-    with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

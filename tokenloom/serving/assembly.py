@@ -29,6 +29,7 @@ from tokenloom.models.weight_sources import roundings
 from tokenloom.runtime.adapter_host import AdapterFormat, AdapterHost
 from tokenloom.runtime.local import LocalExecutor
 from tokenloom.serving.adapter_library import AdapterLibrary
+from tokenloom.serving.adapter_packer import PackingTarget
 from tokenloom.serving.client import ModelCard
 from tokenloom.serving.load_listener import LoadListener
 from tokenloom.serving.model_directory import model_directory, model_name
@@ -79,7 +80,8 @@ def build_engine(config: Config, listener: LoadListener) -> EngineParts:
         described.config,
         described.program,
         max_batch_tokens=scheduler.max_batch_tokens,
-        max_running=max_running,
+        # The KV of a draft model lies in the same frames: room for some sequences more.
+        max_running=max_running + max(max_running // 4, 4) * ("draft" in config.speculation.speculate),
         num_pages=config.cache.num_pages,
         kv_memory_bytes=config.cache.kv_memory_mb << 20,
         dtype=formats.dtype,
@@ -140,10 +142,15 @@ def open_library(config: Config) -> AdapterLibrary:
     directory = model_directory(config.model.model, config.model.revision)
     described = describe_model(directory, max_context=config.model.max_context, weights=config.model.weights)
     form = adapter_format(described, choose_formats(config, described, choose_ops(config)))
-    options = config.adapters
-    return AdapterLibrary(
-        directory, described.program, form, data_dir=options.data_dir, max_rank=options.max_adapter_rank
+    target = PackingTarget(
+        model=str(directory),
+        max_context=config.model.max_context,
+        weights=config.model.weights,
+        dtype=form.dtype,
+        page_bytes=form.page_bytes,
+        max_rank=config.adapters.max_adapter_rank,
     )
+    return AdapterLibrary(target, described.program, data_dir=config.adapters.data_dir)
 
 
 def choose_ops(config: Config) -> Choice:

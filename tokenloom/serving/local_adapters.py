@@ -13,11 +13,11 @@ from tokenloom.errors import InvalidParameter, TokenloomError
 from tokenloom.runtime.adapter_host import AdapterHost, offer_adapter
 from tokenloom.serving.adapter_library import (
     AdapterLibrary,
-    PreparedAdapter,
     check_adapter_name,
     named_directories,
     reported,
 )
+from tokenloom.serving.adapter_packer import PreparedAdapter
 from tokenloom.serving.assembly import EngineParts, open_library
 
 log = logging.getLogger(__name__)
@@ -41,11 +41,11 @@ class LocalAdapters:
             self._open()
 
     def load(self, name: str, directory: str | Path) -> None:
-        """Let `name` stand for the adapter in `directory` from now on. Raises as `AdapterLibrary.prepare`, and
+        """Let `name` stand for the adapter in `directory` from now on. Raises as `AdapterPacker.prepare`, and
         `InvalidParameter` for a name that cannot be one, and an adapter that the pool has no room for."""
         check_adapter_name(name, self._model)
         library = self._open()
-        prepared, base = library.prepare(directory)
+        prepared, base = library.packer.prepare(directory)
         try:
             self._offer(prepared)
             library.registry.set(
@@ -92,7 +92,7 @@ class LocalAdapters:
         found, before = stamp(Path(path)), self._paths.get(path)
         if before is not None and before[0] == found:
             return before[1].content_id
-        prepared, _ = self._open().prepare(path)
+        prepared, _ = self._open().packer.prepare(path)
         self._offer(prepared)
         self._paths[path] = found, prepared
         if before is not None:
@@ -134,7 +134,7 @@ class LocalAdapters:
         held = {*self._names.values(), *(entry for _, entry in self._paths.values())}
         if prepared is not None and prepared not in held:
             self._engine.adapters.retire(prepared.content_id)
-            self._open().discard(prepared.content_id)
+            self._open().packer.discard(prepared.content_id)
 
     def _unknown(self, name: str) -> TokenloomError:
         known = ", ".join(self.names()) or "none"

@@ -11,13 +11,14 @@ from tokenloom.config import Config
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.proposer import Proposer
 from tokenloom.engine.speculator import SpeculationLimits, Speculator
-from tokenloom.errors import InvalidParameter
+from tokenloom.errors import InvalidParameter, UnsupportedFeature
 from tokenloom.kernels.backend import Choice
+from tokenloom.runtime.local import LocalExecutor
 from tokenloom.serving.model_directory import model_directory
 from tokenloom.serving.threads import num_threads
 from tokenloom.speculation.corpus import read_corpus
 from tokenloom.speculation.draft_model import DraftModel
-from tokenloom.speculation.load_draft import load_draft, plan_draft
+from tokenloom.speculation.load_draft import SharedFrames, load_draft, plan_draft
 from tokenloom.speculation.ngram import NgramProposer
 from tokenloom.speculation.rejection_judge import RejectionJudge
 from tokenloom.text.tokenizer import Tokenizer
@@ -25,6 +26,8 @@ from tokenloom.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 MAX_CORPUS_TOKENS: Final = 4 << 20
+_DRAFT_PART: Final = 4
+"""A draft's KV takes at most one frame in this many from what others keep."""
 _ALONE_BYTES: Final = 4 << 20
 """Weights of a draft model that one thread computes with."""
 
@@ -59,6 +62,9 @@ def _draft(config: Config, engine: Engine, ops: Choice, pool: Any) -> DraftModel
         directory = Path(__file__).parent.parent / "embedded" / "draft"
     else:
         raise InvalidParameter("draft_model", "", "the directory of a draft of the model")
+    executor, cache = engine.executor, engine.scheduler.cache
+    if not isinstance(executor, LocalExecutor):
+        raise UnsupportedFeature("speculate draft", "the executor of this engine computes elsewhere")
     plan = plan_draft(
         directory,
         target,
@@ -66,19 +72,29 @@ def _draft(config: Config, engine: Engine, ops: Choice, pool: Any) -> DraftModel
         dtype=config.model.dtype,
         max_context=engine.max_context,
         max_running=engine.max_running,
-        num_pages=engine.limits.num_pages,
         num_threads=num_threads(config.runtime.threads),
+        frames=SharedFrames(executor, engine.frames),
     )
     if plan.memory.weight_bytes < _ALONE_BYTES:
         # The model is read in less time than threads take to meet after each op.
         plan, pool = replace(plan, num_threads=1), None
-    return load_draft(
+    most = max(engine.frames.num_frames // _DRAFT_PART, 1)
+
+    def free_frame() -> bool:
+        """What others keep in case it is wanted again goes for a draft, up to its part of the pool."""
+        return len(draft.cache.pages.frames) < most and cache.yield_frame()
+
+    draft = load_draft(
         plan,
         pool=pool,
         target_vocab_size=engine.limits.vocab_size,
+        free_frame=free_frame,
         prefix_cache=config.cache.prefix_cache,
         debug=config.runtime.debug,
     )
+    # It is computed again in less time than anything else that lies in frames.
+    cache.lenders.insert(0, draft)
+    return draft
 
 
 def _ngram(config: Config, engine: Engine, tokenizer: Tokenizer) -> NgramProposer:

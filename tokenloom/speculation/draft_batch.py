@@ -18,6 +18,7 @@ from tokenloom.speculation.multi_step_sampling import draft_seed
 
 _MASK64 = (1 << 64) - 1
 _NO_COPIES = np.zeros((0, 2), np.int32)
+_DECODE, _PREFILL = int(Work.DECODE), int(Work.PREFILL)
 
 
 class DraftAdapter(NamedTuple):
@@ -61,32 +62,34 @@ class Job(NamedTuple):
 def draft_work(jobs: Seq[Job], drafter: str, law_size: int) -> DraftWork:
     """One segment per job: the tokens that the draft's KV of its sequence lacks. Laws that are stated are those of
     `drafter`, over `law_size` tokens."""
+    # Lists: most calls have a few rows, for which an array operation costs more than the rows.
     token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    starts = [0]
     for job in jobs:
+        pages, stored = job.state.pages, job.state.computed
         token_ids += job.seq.tokens[job.start : job.end]
-    first = np.array([job.start for job in jobs], np.int32)
-    ends = np.array([job.end for job in jobs], np.int32)
-    lengths = ends - first
-    starts = np.zeros(len(jobs) + 1, np.int32)
-    np.cumsum(lengths, out=starts[1:])
-    owner = np.repeat(np.arange(len(jobs)), lengths)
-    positions = np.arange(starts[-1], dtype=np.int32) + (first - starts[:-1])[owner]
-    tables = _rows_of([job.state.pages for job in jobs])
-    slots = tables[owner, positions // PAGE_SIZE].astype(np.int64) * PAGE_SIZE + positions % PAGE_SIZE
-    stored = np.array([job.state.computed for job in jobs], np.int32)
-    slots[positions < stored[owner]] = -1
+        positions += range(job.start, job.end)
+        slots += [
+            pages[place // PAGE_SIZE] * PAGE_SIZE + place % PAGE_SIZE if place >= stored else -1
+            for place in range(job.start, job.end)
+        ]
+        starts.append(len(token_ids))
+    places = np.array(positions, np.int32)
+    segments = np.array(starts, np.int32)
     batch = TokenBatch(
         token_ids=np.array(token_ids, np.int32),
-        positions=positions,
-        logical=positions,
-        slots=slots,
+        positions=places,
+        logical=places,
+        slots=np.array(slots, np.int64),
         parents=np.full(len(positions), -1, np.int32),
-        starts=starts,
-        context_lens=first,
-        page_tables=tables,
+        starts=segments,
+        context_lens=np.array([job.start for job in jobs], np.int32),
+        page_tables=_rows_of([job.state.pages for job in jobs]),
         adapter_slots=np.array([job.state.adapter.slot for job in jobs], np.int32),
-        work=np.where(lengths == 1, np.int8(Work.DECODE), np.int8(Work.PREFILL)),
-        logit_rows=_logit_rows(jobs, starts[1:] - 1, zlib.crc32(drafter.encode())),
+        work=np.array([_DECODE if job.end - job.start == 1 else _PREFILL for job in jobs], np.int8),
+        logit_rows=_logit_rows(jobs, segments[1:] - 1, zlib.crc32(drafter.encode())),
         page_copies=_NO_COPIES,
     )
     return DraftWork(

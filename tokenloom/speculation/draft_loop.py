@@ -18,7 +18,8 @@ from tokenloom.engine.batch import PAGE_SIZE, LogitRows, TokenBatch, Work
 from tokenloom.engine.proposer import Proposal
 from tokenloom.engine.token_tree import Draws
 from tokenloom.kernels.backend import Backend
-from tokenloom.kernels.draft_work import MAX_CANDIDATES, DraftWork, TreeDrafter
+from tokenloom.kernels.draft_work import MAX_CANDIDATES, DraftWork
+from tokenloom.kernels.native.backend import NativeBackend
 from tokenloom.kernels.noise import MAX_GUMBEL, MIN_GUMBEL, Purpose, gumbel, token_bits, vocabulary_bits
 from tokenloom.kernels.reference.sampler import TILE_ROWS, apply_edits
 from tokenloom.kernels.reference.truncation import truncate
@@ -53,7 +54,7 @@ def draft(backend: Backend, work: DraftWork) -> list[Proposal]:
     Raises as `Backend.run`, and ValueError for work that is not legal, before anything is computed.
     """
     work.check()
-    if isinstance(backend, TreeDrafter) and not work.draws:
+    if isinstance(backend, NativeBackend) and not work.draws:
         return backend.draft(work)
     return draft_by_levels(backend, work)
 
@@ -117,6 +118,7 @@ class _Tree:
 
 def draft_by_levels(backend: Backend, work: DraftWork) -> list[Proposal]:
     """`draft` in steps of any backend."""
+    work.check()
     entries = work.batch.logit_rows
     proposals = [Proposal() for _ in range(work.batch.num_segments)]
     growing = [

@@ -102,6 +102,7 @@ class DraftModel:
         """Pages of trees, kept for the next call, which needs about as many."""
         self._num_scratch = 0
         """How many of them this call has given out."""
+        self._is_calling = False
         self._failures = 0
 
     # --- the protocol of proposers -----------------------------------------------------------------------
@@ -118,14 +119,17 @@ class DraftModel:
             return proposals
         begun = time.perf_counter()
         self.stats.num_calls += 1
+        self._is_calling = True
         try:
             self._propose(wanted, proposals)
             self._failures = 0
         except Exception as error:
             self._fail(error)
             proposals = [Proposal() for _ in wanted]
-        self._keep_scratch(self._num_scratch)
-        self._num_scratch = 0
+        finally:
+            self._is_calling = False
+            self._keep_scratch(self._num_scratch)
+            self._num_scratch = 0
         if self._debug:
             self.check()
         self.stats.seconds += time.perf_counter() - begun
@@ -146,12 +150,14 @@ class DraftModel:
 
     @property
     def num_cold_frames(self) -> int:
-        """All of them: nothing is in use between two calls."""
-        return len(self.cache.pages.frames)
+        """All of them between two calls, when nothing is in use; none while a call looks for frames itself."""
+        return 0 if self._is_calling else len(self.cache.pages.frames)
 
     def evict_for_frame(self) -> bool:
         """Give a frame back: of idle pages, then of trees that are gone, then of whom a proposal was asked for least
         recently."""
+        if self._is_calling:
+            return False
         if self.cache.free_frame():
             return True
         pool = self.cache.pages.pool
@@ -253,7 +259,7 @@ class DraftModel:
         most = min(request.width, request.max_nodes, MAX_CANDIDATES)
         for width in dict.fromkeys((most, 1)):
             # Rows of nodes stand behind the root, at positions that the draft has.
-            levels = request.max_nodes // width if request.draws else -(-request.max_nodes // width)
+            levels = request.max_nodes // width if request.draws else request.max_nodes
             depth = min(request.max_depth, levels, self.max_context - length + 1)
             scratch = self._take(width * scratch_pages(length, depth))
             if scratch is not None:
@@ -265,7 +271,7 @@ class DraftModel:
     def _cut(self, proposal: Proposal, most: int) -> Proposal:
         """The `most` most probable nodes; a node never comes before its parent, which is at least as probable."""
         limit = self._target_vocab_size
-        if len(proposal.tokens) <= most and (limit >= self._vocab_size or max(proposal.tokens) < limit):
+        if len(proposal.tokens) <= most and max(proposal.tokens, default=-1) < limit:
             return proposal
         reaches: list[float] = []
         for token, parent, confidence in zip(

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
+from tokenloom.engine.batch import PAGE_SIZE
 from tokenloom.engine.frames import FramePool, PageClass
 from tokenloom.engine.sequence import Sequence
 from tokenloom.errors import ModelError, shorten
@@ -27,10 +30,18 @@ MAX_ROWS: Final = 512
 """Committed tokens that a draft computes in one call."""
 
 
+@dataclass(frozen=True, slots=True)
+class SharedFrames:
+    """The frames of a target, to keep a draft's KV in: its executor has the memory, `pool` says whose a frame is."""
+
+    executor: LocalExecutor
+    pool: FramePool
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftPlan:
-    """A draft model before its weights are read. `memory` is what it will take: weights, one step, and pages of its
-    own."""
+    """A draft model before its weights are read. `memory` is what it will take: weights, one step, and, without
+    `frames`, pages of its own. `max_pages` bounds its KV (None: all that there is)."""
 
     directory: Path
     described: ModelDescription
@@ -39,7 +50,15 @@ class DraftPlan:
     weights: WeightFormat
     num_threads: int
     max_rows: int
+    max_pages: int | None
     memory: MemoryPlan
+    frames: SharedFrames | None
+
+    @property
+    def pages_per_frame(self) -> int:
+        if self.frames is None:
+            return self.memory.pages_per_frame
+        return self.frames.executor.frames[2] // self.memory.page_bytes
 
 
 def check_vocabularies(target: Path, draft: Path) -> None:
@@ -69,12 +88,14 @@ def plan_draft(
     max_running: int = 128,
     num_pages: int = 0,
     num_threads: int = 1,
+    frames: SharedFrames | None = None,
 ) -> DraftPlan:
     """Check the draft in `directory` against `target`, and say what it will take.
 
     `max_context` is the target's (0: all that the draft has), `max_running` how many sequences it may be asked for
-    at once, `num_pages` the size of its KV (0: fits it to the machine). Raises `ModelError`, `OutOfMemory`,
-    `InvalidParameter` or `UnsupportedFeature`.
+    at once. Its KV lies in `frames`, where it has `num_pages` pages at most (0: as many as it gets), or in memory of
+    its own, of so many pages (0: fitted to the machine). Raises `ModelError`, `OutOfMemory`, `InvalidParameter` or
+    `UnsupportedFeature`.
     """
     check_vocabularies(target, directory)
     described = describe_model(directory, weights=weights)
@@ -86,7 +107,8 @@ def plan_draft(
         described.program,
         max_batch_tokens=max(max_rows, max_running * MAX_CANDIDATES),
         max_running=max_running,
-        num_pages=num_pages,
+        # What it has in the frames of another model is in that one's plan.
+        num_pages=num_pages if frames is None else 1,
         dtype=formats.dtype,
         kv_dtype=formats.kv_dtype,
         weights=weights,
@@ -95,7 +117,7 @@ def plan_draft(
         stored=described.stored,
         reading_bytes=described.reading_bytes,
     )
-    return DraftPlan(
+    plan = DraftPlan(
         directory=directory,
         described=described,
         formats=formats,
@@ -103,8 +125,16 @@ def plan_draft(
         weights=weights,
         num_threads=num_threads,
         max_rows=max_rows,
+        max_pages=(num_pages or None) if frames is not None else memory.num_pages,
         memory=memory,
+        frames=frames,
     )
+    if not plan.pages_per_frame:
+        raise ModelError(
+            f"a draft model {directory} with {memory.page_bytes} bytes in a page of K and V",
+            f"at most {0 if frames is None else frames.executor.frames[2]}, a frame of its target",
+        )
+    return plan
 
 
 def load_draft(
@@ -135,23 +165,35 @@ def load_draft(
         progress=progress,
         packer=packer,
     )
-    memory = plan.memory
+    memory, shared = plan.memory, plan.frames
+    num_frames, frame_bytes = memory.num_frames, memory.frame_bytes
+    if shared is not None:
+        _, num_frames, frame_bytes = shared.executor.frames
+    per_frame = plan.pages_per_frame
     executor = LocalExecutor(
         model.program,
         model.weights,
         model.rope,
-        num_frames=memory.num_frames,
-        frame_bytes=memory.frame_bytes,
-        pages_per_frame=memory.pages_per_frame,
+        num_frames=num_frames,
+        frame_bytes=frame_bytes,
+        pages_per_frame=per_frame,
         dtype=model.dtype,
         kv_dtype=formats.kv_dtype,
         num_threads=plan.num_threads,
         kernels=formats.kernels,
         isa=plan.isa,
         pool=pool,
+        frames_of=None if shared is None else shared.executor,
     )
     model.weights.clear()
-    pages = PageClass("draft_kv", FramePool(memory.num_frames), memory.pages_per_frame, memory.num_pages)
+
+    def clear(frame: int) -> None:
+        # What one model holds may be no finite keys of the other.
+        executor.backend.clear_kv_pages(np.arange(frame * per_frame, (frame + 1) * per_frame, dtype=np.int32))
+
+    frames = FramePool(num_frames) if shared is None else shared.pool
+    on_frame = None if shared is None else clear
+    pages = PageClass("draft_kv", frames, per_frame, plan.max_pages, on_frame)
     return DraftModel(
         executor,
         pages,
@@ -159,7 +201,7 @@ def load_draft(
         identity=(model.identity, executor.numerics_id),
         vocab_size=config.vocab_size,
         target_vocab_size=target_vocab_size,
-        max_context=min(config.max_context, memory.num_tokens),
+        max_context=min(config.max_context, pages.max_pages * PAGE_SIZE),
         max_rows=plan.max_rows,
         adapter_of=adapter_of,
         free_frame=free_frame,

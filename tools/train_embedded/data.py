@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from .pairs import FINISH_RATES, POLISH_RATES, Document, PairRates, build_document
 from .tokenizer import ASSISTANT, BOS, END, PAD, ROLE_IDS
@@ -97,6 +99,32 @@ def pack(rows: Iterable[Row], length: int) -> Iterator[Row]:
             yield fill()
     while pending:
         yield fill()
+
+
+def groups(rows: list[Row], tokens: int, rng: random.Random) -> list[list[int]]:
+    """The rows' numbers, each once, in shuffled groups of like lengths that hold ``tokens`` ids at most when padded."""
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i][0]) + rng.random() * 16, i))
+    out: list[list[int]] = []
+    for index in order:
+        longest = len(rows[index][0])
+        if out and (len(out[-1]) + 1) * max(longest, *(len(rows[i][0]) for i in out[-1])) <= tokens:
+            out[-1].append(index)
+        else:
+            out.append([index])
+    rng.shuffle(out)
+    return out
+
+
+def padded(rows: list[Row], group: list[int]) -> tuple[Tensor, Tensor]:
+    """(ids, weights) [B, T] of the rows of ``group``, with padding of weight 0 at their ends."""
+    longest = max(len(rows[i][0]) for i in group)
+    ids = torch.full((len(group), longest), PAD)
+    weights = torch.zeros((len(group), longest), dtype=torch.long)
+    for place, index in enumerate(group):
+        row = rows[index]
+        ids[place, : len(row[0])] = torch.tensor(row[0])
+        weights[place, : len(row[0])] = torch.tensor(row[1])
+    return ids, weights
 
 
 def documents(

@@ -20,7 +20,7 @@ BOS, EOS = 1, 2
 MAX_TOKENS = 480
 
 
-def _openings(rng: random.Random) -> str:
+def opening(rng: random.Random) -> str:
     """One story opening that names two or more random nouns early."""
     pick = rng.choice
     animal, person, thing, place = (
@@ -61,7 +61,7 @@ def prefix_for(seed: int, index: int, stories: list[str]) -> str:
     rng = random.Random(f"prefix-{seed}-{index}")
     draw = rng.random()
     if draw < 0.6:
-        return _openings(rng)
+        return opening(rng)
     if draw < 0.92:
         sentences = rng.choice(stories).split("\n")[0].split(". ")
         return ". ".join(sentences[: rng.choice((1, 1, 2))]).rstrip(".") + "."

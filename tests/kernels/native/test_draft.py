@@ -180,7 +180,7 @@ def set_at(work: DraftWork, name: str, index: Any, value: Any) -> None:
         ("scratch", (0, 1, 0), 96, "scratch names page 96"), ("scratch", (1, 0, 0), -1, "scratch names page -1"),
         ("batch.logit_rows.rows", 0, 18, "logit entries"), ("batch.logit_rows.targets", 1, 3, "logit entries"),
         ("batch.logical", 19, -5, "logical"), ("batch.logical", 19, 2**31 - 1, "logical"),
-        ("batch.starts", 1, 2**31 - 1, "starts"), ("batch.starts", 1, -(2**31) + 1, "starts"),
+        ("batch.starts", 1, 2**31 - 1, "starts"), ("batch.starts", 1, -(2**31), "starts"),
         ("batch.starts", 2, 3, "starts|logit entries"), ("batch.token_ids", 0, 101, "token_ids"),
         ("batch.slots", 3, 96 * 16, "slots"), ("batch.page_tables", (0, 0), 96, "page_tables"),
         ("batch.adapter_slots", 0, 3, "adapter_slots"),

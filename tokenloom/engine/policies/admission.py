@@ -9,7 +9,8 @@ from tokenloom.engine.batch import PAGE_SIZE
 
 AdmissionPolicy = Literal["optimistic", "reserve"]
 """optimistic: pages for the prompt are enough, and who runs out of them later preempts. reserve: nobody is ever
-preempted for pages, at the price of fewer running sequences (the admission of S-LoRA, Sheng et al. 2023)."""
+preempted for pages but samples of one request that never fit together, at the price of fewer running sequences (the
+admission of S-LoRA, Sheng et al. 2023)."""
 
 
 class Demand(NamedTuple):

@@ -2,7 +2,7 @@
 
 After Li et al., "AdaServe: Accelerating Multi-SLO LLM Serving with SLO-Customized Speculative Decoding" (EuroSys
 2026). The paper profiles one budget of verified rows; here it is chosen in every step from the fitted
-`LatencyCurve`, so that speculation shrinks under load and is off where it does not pay.
+`LatencyCurve` and from what time is worth, so that speculation shrinks under load and is off where it does not pay.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tokenloom.engine.policies.acceptance import AcceptanceTable
 from tokenloom.engine.policies.latency_curve import LatencyCurve
 from tokenloom.engine.policies.tree_selection import RankedTrees
 
+_KEEP: Final = 0.95
 LEVEL_PRIOR: Final = 0.6
 """How often a level of a draft is taken, before anything was observed."""
 
@@ -70,10 +71,23 @@ class Needs(NamedTuple):
         return np.minimum(found, self.most)
 
 
-def needs_of(paces: Sequence[Pace], now: float, depth: int) -> Needs:
-    """The needs of requests with trees of at most `depth` levels, which make `depth` + 1 tokens at most."""
+def needs_of(
+    paces: Sequence[Pace],
+    now: float,
+    depth: int,
+    remaining: Sequence[int] | None = None,
+    fastest: float = 0.0,
+) -> Needs:
+    """The needs of requests with trees of at most `depth` levels, which make `depth` + 1 tokens at most.
+
+    With `remaining`, the most tokens that each may still produce, whoever has lost the SLO even at `fastest` seconds
+    per token needs nothing any more: those rows can still save somebody else.
+    """
     rate = np.array([1 / pace.tpot for pace in paces])
     lag = np.array([pace.need(now, 0.0) for pace in paces])
+    if remaining is not None and len(paces):
+        lost = lag > np.asarray(remaining) * (1 - fastest * rate)
+        lag[lost] = rate[lost] = 0.0
     return Needs(lag, rate, depth + 1.0)
 
 
@@ -103,6 +117,29 @@ class ShapeRule:
         )
 
 
+class TimePrice:
+    """What a second is worth in tokens: what decoding makes of one, over about the last twenty steps.
+
+    Not the rate of one step: a step that computes a long prompt has few tokens for its seconds whatever is verified,
+    and by its own rate every row would seem to pay.
+    """
+
+    def __init__(self) -> None:
+        self._tokens = 0.0
+        self._seconds = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second; 0 before anything was decoded."""
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+    def observe(self, tokens: float, seconds: float) -> None:
+        """A step made `tokens` in `seconds`: its drafting, and what its roots and nodes would take without the
+        prompt rows beside them, which cost their time anyway."""
+        self._tokens = self._tokens * _KEEP + tokens
+        self._seconds = self._seconds * _KEEP + seconds
+
+
 class Budget(NamedTuple):
     """Rows to verify, roots included, and the expected seconds of the step with its drafting."""
 
@@ -119,47 +156,33 @@ def choose_budget(
     other_rows: int = 0,
     overhead: float = 0.0,
     needs: Needs | None = None,
+    boost: float = 2.0,
+    price: float = 0.0,
 ) -> Budget:
     """How many rows of this step's trees are worth verifying: from the roots alone up to `limit`.
 
-    The trees are there already, so what they cost counts as `overhead` seconds, whatever is chosen. Beside them the
-    step has `other_rows` (prompt chunks) and attends to `keys` keys. Without needs the choice is the most expected
-    tokens a second. With them, first the most requests on their pace at the end of the step, whose seconds depend
-    on the choice as well. A curve that knows nothing yet is asked for no more than twice the roots.
+    Beside the trees the step has `other_rows` (prompt chunks); it attends to `keys` keys. The trees are there
+    already: the `overhead` seconds of drafting count in the needs and in the rate, but are spent whatever is chosen.
+    A row is verified if its tokens are worth more than its seconds at `price` (`TimePrice.rate`); with a price of 0
+    the choice is the most expected tokens a second in this step. A token that a need asks for counts `boost` times.
+    A curve that knows nothing yet is asked for no more than twice the roots.
     """
     roots = len(ranked)
-    gains = -np.sort(-ranked.reaches, axis=None)[: int(ranked.sizes.sum())]
-    trusted = max(curve.trusted_rows - other_rows, 2 * roots) if curve.known else 2 * roots
-    most = max(0, min(limit - roots, len(gains), trusted - roots))
-    rows = roots + _grid(most)
-    seconds = overhead + curve.seconds_of(rows + other_rows, keys)
-    if not curve.known:
-        return Budget(int(rows[-1]), float(seconds[-1]))
-    tokens = roots + np.append(0.0, np.cumsum(gains))[rows - roots]
-    rates = tokens / np.maximum(seconds, 1e-9)
+    base = roots + other_rows
+    worth = ranked.reaches
     if needs is not None and needs.rate.any():
-        wanted = ranked.counts_for(needs.at(seconds))
-        unmet = 1 + _reached(ranked, wanted) < needs.at(seconds) - 1e-9
-        cost = np.sort(np.where(unmet, 1 << 30, wanted), axis=1).cumsum(1)
-        met = (cost <= (rows - roots)[:, None]).sum(1)
-        rates = np.where(met == met.max(), rates, -1.0)
-    best = int(rates.argmax())
-    return Budget(int(rows[best]), float(seconds[best]))
-
-
-def _reached(ranked: RankedTrees, counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Expected nodes taken of the best `counts` of each tree: [steps, trees] → [steps, trees]."""
-    sums = np.vstack([np.zeros(len(ranked)), np.cumsum(ranked.reaches, 0)])
-    found: NDArray[np.float64] = sums[counts, np.arange(len(ranked))]
-    return found
-
-
-def _grid(most: int) -> NDArray[np.int64]:
-    """Numbers of nodes that are tried: 0, then all up to 4, then four between powers of two, and `most`."""
-    if most <= 4:
-        return np.arange(most + 1)
-    steps = [(4 + quarter) << power for power in range(most.bit_length()) for quarter in range(4)]
-    return np.array([0, 1, 2, 3, *(step for step in steps if step < most), most])
+        worth = ranked.worth(needs.at(overhead + curve.seconds(base + roots, keys)), boost)
+    trusted = max(curve.trusted_rows - base, roots) if curve.known else roots
+    most = max(0, min(limit - roots, int(ranked.sizes.sum()), trusted))
+    values = np.append(0.0, np.cumsum(-np.sort(-worth, axis=None)[:most]))
+    seconds = overhead + curve.seconds_of(base + np.arange(most + 1), keys)
+    if not curve.known:
+        best = most
+    elif price:
+        best = int((values - price * seconds).argmax())
+    else:
+        best = int(((roots + values) / np.maximum(seconds, 1e-9)).argmax())
+    return Budget(roots + best, float(seconds[best]))
 
 
 def expected_gains(levels: AcceptanceTable, proposer: int, adapter: str, depth: int) -> list[float]:
@@ -197,21 +220,30 @@ class DraftGate:
         other_rows: int,
         level_seconds: float,
         steps: int = 1,
+        rows: Sequence[float] | None = None,
+        price: float = 0.0,
     ) -> int:
         """Levels to draft for `requests` sequences in this step, at most len(gains).
 
         `gains` are `expected_gains` (the mean over the requests); each level costs `level_seconds` of drafting and
-        a row of the target per request; `steps` have passed since the last call. The depth with the most expected
-        tokens a second is taken; a curve that knows nothing yet asks for one level, which teaches it.
+        `rows` of the target per request (one, if not given: selection leaves out what is not worth it, so that it may
+        be less); `steps` have passed since the last call. The depth whose tokens are worth most above its seconds at
+        `price` is taken, or with a price of 0 the one with the most tokens a second; a curve that knows nothing yet
+        asks for one level, which teaches it.
         """
         if not gains or requests < 1:
             return 0
         if not curve.known:
             return 1
         levels = np.arange(len(gains) + 1)
-        seconds = curve.seconds_of(requests * (1 + levels) + other_rows, keys) + level_seconds * levels
+        nodes = np.append(0.0, np.cumsum(np.ones(len(gains)) if rows is None else rows))
+        verified = np.rint(requests * (1 + nodes)).astype(np.int64) + other_rows
+        seconds = curve.seconds_of(verified, keys) + level_seconds * levels
         tokens = 1 + np.append(0.0, np.cumsum(gains))
-        best = int((tokens / np.maximum(seconds, 1e-9)).argmax())
+        if price:
+            best = int((requests * tokens - price * seconds).argmax())
+        else:
+            best = int((tokens / np.maximum(seconds, 1e-9)).argmax())
         if best:
             self._off_seconds = 0.0
             return best

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from math import inf
 from typing import Final, Literal
 
 import numpy as np
@@ -26,8 +27,12 @@ need most (the furthest behind first, as in the paper's text; its released code 
 
 @dataclass(frozen=True, slots=True)
 class SelectionPolicy:
-    """The whole of the paper, and its ablations.
+    """The two phases of the paper, what they become where rows are dear, and the paper's ablations.
 
+    `boost` is what a node that a need asks for is worth against one that nobody needs: the first phase passes over
+    nodes that are less than 1 / `boost` times as likely to be taken as the last one that the budget could hold
+    without needs. Infinite is the paper: needs first, whatever their nodes are worth. A finite one keeps a request
+    that is far behind from spending rows that hardly help it and would help others.
     `serve_needs` off leaves out the first phase. `rest` "equal" splits what the first phase leaves evenly instead of
     giving it to the best nodes, and "none" leaves it unused. In the first phase a request gets at most
     `cap` x budget / requests nodes (0: no cap), so that nobody who is far behind takes everything.
@@ -37,9 +42,11 @@ class SelectionPolicy:
     serve_needs: bool = True
     rest: Literal["best", "equal", "none"] = "best"
     cap: float = 1.2
+    boost: float = inf
 
 
-FULL: Final = SelectionPolicy()
+FULL: Final = SelectionPolicy(boost=2.0)
+"""What serves: a token that keeps a pace is worth two that do not."""
 
 
 class RankedTrees:
@@ -85,6 +92,15 @@ class RankedTrees:
         wanted: NDArray[np.int64] = (1 + before < needs[..., None, :]).sum(-2)
         return np.minimum(wanted, self.sizes)
 
+    def worth(self, needs: NDArray[np.float64], boost: float) -> NDArray[np.float64]:
+        """`reaches`, times `boost` where the need of the tree is not met before: [most nodes, trees].
+
+        Falls along a column as `reaches` does.
+        """
+        before = 1 + np.cumsum(self.reaches, 0) - self.reaches
+        found: NDArray[np.float64] = self.reaches * np.where(before < needs, boost, 1.0)
+        return found
+
     def select(
         self,
         budget: int,
@@ -119,6 +135,10 @@ class RankedTrees:
         wanted = self.counts_for(needs)
         if policy.cap:
             wanted = np.minimum(wanted, int(policy.cap * budget / len(self)))
+        if policy.boost < inf:
+            last = max(0, self.reaches.size - left)
+            floor = np.partition(self.reaches, last, axis=None)[last] / policy.boost
+            wanted = np.minimum(wanted, (self.reaches >= floor).sum(0))
         order = np.argsort(needs if policy.order == "ascending" else -needs, kind="stable")
         before = np.cumsum(wanted[order]) - wanted[order]
         counts = np.zeros(len(self), np.int64)
@@ -128,15 +148,15 @@ class RankedTrees:
     def _best(self, left: int, taken: NDArray[np.int64]) -> NDArray[np.int64]:
         """Second phase: how many of each tree are among the best `left` that are not yet taken."""
         rank = np.arange(len(self.reaches))[:, None]
-        open_reaches = np.where((rank >= taken) & (rank < self.sizes), self.reaches, -1.0)
+        open_nodes = np.where((rank >= taken) & (rank < self.sizes), self.reaches, -1.0)
         free = self.sizes - taken
         if left >= int(free.sum()):
             return free
         # All above the last one that fits, then its equals in the order of the trees: a parent that equals its
         # child stands before it in its own tree, so taking fewer of a tree drops the child first.
-        limit = np.partition(open_reaches, open_reaches.size - left, axis=None)[open_reaches.size - left]
-        counts: NDArray[np.int64] = (open_reaches > limit).sum(0)
-        equal = (open_reaches == limit).sum(0)
+        limit = np.partition(open_nodes, open_nodes.size - left, axis=None)[open_nodes.size - left]
+        counts: NDArray[np.int64] = (open_nodes > limit).sum(0)
+        equal = (open_nodes == limit).sum(0)
         before = np.cumsum(equal) - equal
         counts += np.clip(left - int(counts.sum()) - before, 0, equal)
         return counts
