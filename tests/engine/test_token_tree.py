@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenloom.engine.token_tree import MAX_NODES, ROOT, TokenTree, merge
+from tokenloom.engine.token_tree import MAX_NODES, ROOT, Draws, TokenTree, merge
 
 
 @st.composite
@@ -85,3 +86,16 @@ def test_depths_paths_and_children() -> None:
 def test_what_is_no_tree_is_refused(tree: TokenTree, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         tree.check()
+
+
+def test_draws_follow_their_nodes_through_a_merge_and_not_through_a_choice() -> None:
+    law = np.full(9, 1 / 9)
+    one = TokenTree([5, 6, 7], [ROOT, ROOT, 1], [0.5] * 3, [()] * 3)
+    one.draws = {ROOT: [Draws("distinct", [1, 0], law)], 1: [Draws("independent", [2, 2], law)]}
+    two = TokenTree([6, 8, 7], [ROOT, 0, 0], [0.5] * 3, [()] * 3)
+    two.draws = {0: [Draws("distinct", [2, 1], law)]}
+    merged = merge([TokenTree([8], [ROOT], [0.5], [()]), one, two])
+    assert (merged.tokens, merged.parents) == ([8, 5, 6, 7, 8], [ROOT, ROOT, ROOT, 2, 2])
+    found = {node: [(d.regime, list(d.nodes)) for d in draws] for node, draws in merged.draws.items()}
+    assert found == {ROOT: [("distinct", [2, 1])], 2: [("independent", [3, 3]), ("distinct", [3, 4])]}
+    assert not merged.keep([0, 1, 2]).draws

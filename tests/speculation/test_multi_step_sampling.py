@@ -249,6 +249,10 @@ def path_law(base: np.random.Generator, concentration: float) -> Mapping[tuple[i
     return {path: base.dirichlet(np.full(TREE_SIZE, concentration)) for path in paths}
 
 
+def path_of(tree: TokenTree, node: int) -> tuple[int, ...]:
+    return () if node == ROOT else tuple(tree.paths()[node])
+
+
 def grown(
     q: Mapping[tuple[int, ...], Float64], counts: tuple[int, int], regime: Regime, coins: Coins
 ) -> tuple[TokenTree, dict[int, list[Draws]]]:
@@ -258,7 +262,7 @@ def grown(
     for node in range(-1, 100):
         if node >= len(tree):
             break
-        path = tuple(tree.path(node))
+        path = path_of(tree, node)
         if len(path) == 2:
             continue
         known: dict[int, int] = {}
@@ -296,7 +300,7 @@ def test_texts_from_a_tree_of_two_levels(regime: Regime, counts: tuple[int, int]
 
     def run(coins: Branch) -> list[int]:
         tree, drafts = grown(q, counts, regime, coins)
-        verdict = walk(tree, lambda node: p[tuple(tree.path(node))], drafts, 5, coins)
+        verdict = walk(tree, lambda node: p[path_of(tree, node)], drafts, 5, coins)
         return [*(tree.tokens[node] for node in verdict.nodes), verdict.token]
 
     law = np.zeros((3, 3, 3))
@@ -345,7 +349,7 @@ def test_a_verdict_is_a_function_of_its_seed() -> None:
 
         def target(node: int) -> Float64:
             asked.append(node)
-            return p[tuple(tree.path(node))]
+            return p[path_of(tree, node)]
 
         asked.clear()
         verdict = verify(tree, target, drafts, seed=seed, sample_index=sample_index, position=position)

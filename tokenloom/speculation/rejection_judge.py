@@ -131,7 +131,8 @@ def _fetch(executor: Executor, rows: NDArray[np.int32]) -> Iterator[Float32]:
 
 
 def _verdict(case: _Case, entries: LogitRows, logits: dict[int, Float32]) -> list[tuple[int, int]]:
-    """(entry, token) along the path that was accepted, and of the token after it."""
+    """(entry, token) along the path that was accepted, and of the token after it. That one is no child of the last
+    node: a child that was rejected has no probability left."""
     tree = case.tree
 
     def target(node: int) -> Float64:
