@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal, Protocol
 
 from tokenloom.clock import Clock, MonotonicClock
@@ -23,6 +24,7 @@ from tokenloom.engine.policies.pace import (
     DraftGate,
     Pace,
     ShapeRule,
+    TimePrice,
     choose_budget,
     expected_gains,
     needs_of,
@@ -148,6 +150,7 @@ class Speculator:
         self.sources = [_Source(proposer) for proposer in proposers]
         self.limits = limits or SpeculationLimits()
         self.curve = LatencyCurve()
+        self.price = TimePrice()
         self.chances = AcceptanceTable()
         self.stats = SpeculationStats()
         self.vocab_size = 0
@@ -277,6 +280,7 @@ class Speculator:
             other_rows=plan.num_rows - len(wanted),
             level_seconds=source.costs(most),
             steps=max(source.rested, 1),
+            price=self.price.rate,
         )
         source.calls += depth > 0
         if depth and source.calls % _LOOK_DEEPER == 0:
@@ -331,7 +335,8 @@ class Speculator:
         ):
             paces = [self._pace_of(seq) for seq in wanted]
             depth = max(max(tree.depths(), default=0) for tree in trees)
-            wish = needs_of(paces, plan.now, depth)
+            remaining = [seq.max_length - len(seq.tokens) for seq in wanted]
+            wish = needs_of(paces, plan.now, depth, remaining)
             budget, seconds = choose_budget(
                 ranked,
                 self.curve,
@@ -340,6 +345,8 @@ class Speculator:
                 other_rows=other_rows,
                 overhead=self._propose_seconds,
                 needs=wish,
+                boost=self.limits.selection.boost,
+                price=self.price.rate,
             )
             needs = wish.at(seconds)
         chosen = ranked.select(budget, needs, self.limits.selection)
@@ -377,9 +384,20 @@ class Speculator:
             self._count(plan, accepted, seconds)
         if plan.trees or self.stats.skipped % _REST == 0 or not self.curve.known:
             self.curve.observe(plan.num_rows, self._keys, seconds)
+        roots, worth = 0, 0.0
         for seq, _, end in plan.runs:
             if seq in self._paces and end > seq.num_prompt:
-                self._paces[seq].produced += 1 + len(accepted.get(seq, ()))
+                tokens = 1 + len(accepted.get(seq, ()))
+                self._paces[seq].produced += tokens
+                is_promised = self._paces[seq].tpot < inf and self.limits.selection.boost < inf
+                worth += tokens * (self.limits.selection.boost if is_promised else 1.0)
+                roots += 1
+        if roots and self.curve.known:
+            verified = roots + sum(len(tree) for tree in plan.trees.values())
+            alone = min(self.curve.seconds(verified, self._keys), seconds)
+            self.price.observe(
+                worth, (alone if verified < plan.num_rows else seconds) + self._propose_seconds
+            )
 
     def _count(self, plan: Plan, accepted: dict[Sequence, list[int]], seconds: float) -> None:
         stats, step = self.stats, self._step
