@@ -22,7 +22,7 @@ PROMPTS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["target", "draft"])
+@pytest.mark.parametrize("name", ["target", "draft", "draft2"])
 def test_greedy_tokens_equal_transformers(name: str) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -54,5 +54,5 @@ def test_chat_rendering_equals_transformers() -> None:
 def test_size_and_sharing() -> None:
     total = sum(path.stat().st_size for path in EMBEDDED.rglob("*") if path.is_file())
     assert total <= 16 * 1000 * 1000
-    tokenizers = {(EMBEDDED / name / "tokenizer.json").read_bytes() for name in ("target", "draft")}
+    tokenizers = {(EMBEDDED / name / "tokenizer.json").read_bytes() for name in ("target", "draft", "draft2")}
     assert len(tokenizers) == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -38,6 +38,7 @@ class ModelConfig:
 TARGET = ModelConfig(hidden=256, layers=5, heads=4, kv_heads=2, ffn=704)
 DRAFT = ModelConfig(hidden=64, layers=3, heads=2, kv_heads=1, ffn=256)
 QUERY_BLOCK = 128
+FIXED = ("model_type", "head_dim", "hidden_act", "attention_bias", "mlp_bias", "tie_word_embeddings")
 CONFIGS = {"target": TARGET, "draft": DRAFT}
 
 
@@ -146,8 +147,8 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(parameter.numel() for parameter in Llama(config).parameters())
 
 
-def hf_state(model: Llama) -> dict[str, Tensor]:
-    """The weights under Hugging Face's names, bf16, projections split."""
+def _views(model: Llama) -> dict[str, Tensor]:
+    """Views of the weights under Hugging Face's names, projections split."""
     c = model.config
     state = {"model.embed_tokens.weight": model.embed, "model.norm.weight": model.norm}
     sizes = [c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim]
@@ -162,7 +163,12 @@ def hf_state(model: Llama) -> dict[str, Tensor]:
         state[prefix + "mlp.down_proj.weight"] = block.down.weight
         state[prefix + "input_layernorm.weight"] = block.norm1
         state[prefix + "post_attention_layernorm.weight"] = block.norm2
-    return {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in state.items()}
+    return state
+
+
+def hf_state(model: Llama) -> dict[str, Tensor]:
+    """The weights under Hugging Face's names, bf16."""
+    return {name: view.detach().to(torch.bfloat16).contiguous() for name, view in _views(model).items()}
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -192,6 +198,38 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         "torch_dtype": "bfloat16",
         "use_cache": True,
     }
+
+
+def read_hf(folder: Path) -> Llama:
+    """The model of a folder in Hugging Face format, fp32. ValueError names what this Llama has not."""
+    found = json.loads((folder / "config.json").read_text())
+    try:
+        config = ModelConfig(
+            hidden=found["hidden_size"],
+            layers=found["num_hidden_layers"],
+            heads=found["num_attention_heads"],
+            kv_heads=found["num_key_value_heads"],
+            ffn=found["intermediate_size"],
+            vocab=found["vocab_size"],
+            context=found["max_position_embeddings"],
+            theta=found["rope_theta"],
+            eps=found["rms_norm_eps"],
+        )
+    except KeyError as missing:
+        raise ValueError(f"{folder}/config.json has no {missing}") from None
+    wanted = hf_config(config)
+    for name in FIXED:
+        if name in found and found[name] != wanted[name]:
+            raise ValueError(
+                f"{folder}/config.json: {name} is {found[name]}; only {wanted[name]} is supported"
+            )
+    if found.get("rope_scaling"):
+        raise ValueError(f"{folder}/config.json: rope_scaling is not supported")
+    model, state = Llama(config), load_file(folder / "model.safetensors")
+    with torch.no_grad():
+        for name, view in _views(model).items():
+            view.copy_(state[name])
+    return model
 
 
 def generation_config() -> dict[str, Any]:
