@@ -156,9 +156,10 @@ class SpeculationOptions:
         limit="each at most once of " + ", ".join(PROPOSERS),
         words=True,
     )
-    draft_model: str = knob(
-        "",
-        "Directory of the draft model, with the tokenizer of the model; empty for the embedded model's own draft.",
+    draft_model: tuple[str, ...] = knob(
+        (),
+        "Directory of a draft model with the tokenizer of the model; may be given several times (commas between them)."
+        " Without one, the embedded model has two of its own.",
     )
     max_draft_depth: int = knob(
         8, "Tokens in a row that are guessed at most.", check=lambda v: 1 <= v <= 32, limit="1 to 32"

@@ -106,7 +106,7 @@ def test_outputs_are_those_of_plain_decoding(
 def test_a_draft_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
     draft = write_tiny_model(tmp_path / "draft")
     with pytest.raises(ModelError, match="vocabulary"):
-        LLM(speculate=("draft",), draft_model=str(draft))
+        LLM(speculate=("draft",), draft_model=(str(draft),))
 
 
 def test_a_model_without_a_draft_asks_for_one(tmp_path: Path) -> None:

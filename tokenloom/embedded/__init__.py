@@ -10,6 +10,9 @@ from typing import Final
 DRAFT: Final = Path(__file__).parent / "draft"
 """Directory of the draft model of the target."""
 
+DRAFT2: Final = Path(__file__).parent / "draft2"
+"""Directory of the second one, which learnt what the first does not foresee."""
+
 ADAPTERS: Final[Mapping[str, Path]] = MappingProxyType(
     {name: Path(__file__).parent / "adapters" / name for name in ("pirate", "card", "repeat")}
 )

@@ -21,7 +21,6 @@ from tokenloom.engine.policies.acceptance import AcceptanceTable
 from tokenloom.engine.policies.latency_curve import LatencyCurve
 from tokenloom.engine.policies.pace import (
     LEVEL_PRIOR,
-    DraftGate,
     Pace,
     ShapeRule,
     TimePrice,
@@ -31,6 +30,7 @@ from tokenloom.engine.policies.pace import (
 )
 from tokenloom.engine.policies.tree_selection import FULL, RankedTrees, SelectionPolicy
 from tokenloom.engine.proposer import Proposal, Proposer, Wanted
+from tokenloom.engine.proposer_state import LOOK_DEEPER, REST, ProposerState
 from tokenloom.engine.request import Request
 from tokenloom.engine.scheduler import Scheduler
 from tokenloom.engine.sequence import Sequence
@@ -76,61 +76,12 @@ class SpeculationStats:
     by_place: dict[tuple[str, str, int], Acceptance] = field(default_factory=dict)
 
 
-_REST = 8
-"""Steps for which a proposer that does not pay is left alone: asking whether it does costs something too."""
-
-
 class Judge(Protocol):
     """Decides the tokens of sequences whose request `is_judged`; speculation/rejection_judge.py does."""
 
     def __call__(self, plan: Plan, batch: TokenBatch, result: StepResult, executor: Executor) -> None:
         """Rewrite tokens and logprobs of `result` along one path of each such sequence's tree, from its root on.
         The executor still has the logits of `batch`."""
-
-
-_LOOK_DEEPER = 8
-"""Calls after which a proposer is asked for a level more than seems to pay."""
-
-
-class _Source:
-    """A proposer, whether it pays, and what its proposals cost."""
-
-    def __init__(self, proposer: Proposer) -> None:
-        self.proposer = proposer
-        self.gate = DraftGate()
-        self.calls = 0
-        self._costs: dict[int, float] = {}
-        self.failed = False
-        self.rested = 0
-        """Steps since it was last found not to pay; 0: it pays, as far as is known."""
-
-    def rests(self) -> bool:
-        """Whether it is left alone in this step."""
-        if 0 < self.rested < _REST:
-            self.rested += 1
-            return True
-        return self.failed
-
-    def took(self, levels: int, seconds: float) -> None:
-        """A call for `levels` levels took `seconds`. Calls in which a draft model reads a prompt take much longer:
-        so what is less than usual counts for more."""
-        usual = self._costs.get(levels, seconds)
-        self._costs[levels] = usual + (0.5 if seconds < usual else 0.05) * (seconds - usual)
-        for fewer in self._costs:
-            if fewer < levels:
-                self._costs[fewer] = min(self._costs[fewer], self._costs[levels])
-
-    def costs(self, levels: int) -> list[float]:
-        """Seconds of calls for 0 to `levels` levels. More than were ever asked for are taken to cost what the most
-        did: so they are tried, and then it is known. A level never costs more than those above it do on average:
-        what says so was disturbed."""
-        costs = [0.0]
-        for level in range(1, levels + 1):
-            deeper = min((known for known in self._costs if known > level), default=0)
-            scaled = self._costs[deeper] * level / deeper if deeper else 0.0
-            found = self._costs.get(level, max(costs[-1], scaled))
-            costs.append(found if level == 1 else min(found, costs[-1] * level / (level - 1)))
-        return costs
 
 
 class Speculator:
@@ -147,7 +98,7 @@ class Speculator:
         clock: Clock | None = None,
         judge: Judge | None = None,
     ) -> None:
-        self.sources = [_Source(proposer) for proposer in proposers]
+        self.sources = [ProposerState(proposer) for proposer in proposers]
         self.limits = limits or SpeculationLimits()
         self.curve = LatencyCurve()
         self.price = TimePrice()
@@ -164,6 +115,11 @@ class Speculator:
         self._paces: dict[Sequence, Pace] = {}
         self._keys = 0
         self._propose_seconds = 0.0
+        self._asked_seconds = self._own = 0.0
+        self._own_seconds = 0.0
+        """What choosing and learning take in a step with trees, on average."""
+        self._rows_of_level = 1.0
+        """Rows that are verified for each level of a tree, on average."""
 
     def check_request(self, request: Request) -> None:
         """Raise `UnsupportedFeature` for a request that needs a judge where there is none."""
@@ -178,6 +134,7 @@ class Speculator:
         """Hang trees below the decoding runs of `plan`, in rows and slots that nobody else needs."""
         if not self.sources:
             return
+        began = self._clock.now()
         self._keys = sum(run.end for run in plan.runs)
         self._propose_seconds = 0.0
         self._step = StepSpeculation()
@@ -206,7 +163,9 @@ class Speculator:
             scheduler.cache.release(seq.truncate(len(seq.tokens)))
         if plan.trees:
             self.stats.steps += 1
-        elif decoding:
+            self._own = self._clock.now() - began - self._asked_seconds
+            self._propose_seconds = self._clock.now() - began
+        else:
             self.stats.skipped += 1
             self._step.skipped = True
 
@@ -230,6 +189,7 @@ class Speculator:
     ) -> list[TokenTree]:
         """What those proposers of `awake` that pay suggest for each of `wanted`, merged; nothing if none does."""
         parts: list[list[TokenTree]] = [[] for _ in wanted]
+        self._asked_seconds = 0.0
         began = self._clock.now()
         for number in awake:
             source = self.sources[number]
@@ -256,7 +216,9 @@ class Speculator:
                 source.failed = True
                 log.exception("the proposer %s failed and is not asked any more", source.proposer.name)
                 continue
-            source.took(depth, self._clock.now() - before)
+            seconds = self._clock.now() - before
+            self._asked_seconds += seconds
+            source.took(depth, seconds)
             for part, tree in zip(parts, trees, strict=True):
                 part.append(tree)
         merged = [_best(merge(part), self.limits.max_nodes) for part in parts]
@@ -278,12 +240,13 @@ class Speculator:
             self._keys,
             requests=len(wanted),
             other_rows=plan.num_rows - len(wanted),
-            level_seconds=source.costs(most),
+            level_seconds=[cost + self._own_seconds * (cost > 0) for cost in source.costs(most)],
+            rows=[self._rows_of_level] * most,
             steps=max(source.rested, 1),
             price=self.price.rate,
         )
         source.calls += depth > 0
-        if depth and source.calls % _LOOK_DEEPER == 0:
+        if depth and source.calls % LOOK_DEEPER == 0:
             # How often a level comes true is only learned where it is drafted.
             depth = min(depth + 1, most)
         return depth, width
@@ -380,9 +343,10 @@ class Speculator:
         tokens."""
         if not self.sources:
             return
+        began = self._clock.now()
         if plan.trees:
             self._count(plan, accepted, seconds)
-        if plan.trees or self.stats.skipped % _REST == 0 or not self.curve.known:
+        if plan.trees or self.stats.skipped % REST == 0 or not self.curve.known:
             self.curve.observe(plan.num_rows, self._keys, seconds)
         roots, worth = 0, 0.0
         for seq, _, end in plan.runs:
@@ -395,9 +359,11 @@ class Speculator:
         if roots and self.curve.known:
             verified = roots + sum(len(tree) for tree in plan.trees.values())
             alone = min(self.curve.seconds(verified, self._keys), seconds)
-            self.price.observe(
-                worth, (alone if verified < plan.num_rows else seconds) + self._propose_seconds
-            )
+            took = (alone if verified < plan.num_rows else seconds) + self._propose_seconds
+            self.price.observe(worth, took)
+        if plan.trees:
+            own = self._own + self._clock.now() - began
+            self._own_seconds += (0.1 if self._own_seconds else 1.0) * (own - self._own_seconds)
 
     def _count(self, plan: Plan, accepted: dict[Sequence, list[int]], seconds: float) -> None:
         stats, step = self.stats, self._step
@@ -411,6 +377,8 @@ class Speculator:
             for depth in range(len(nodes)):
                 step.accepted_by_depth[depth] += 1
             self._learn(seq, tree, nodes)
+            rows = len(tree) / max(tree.depths())
+            self._rows_of_level += 0.05 * (rows - self._rows_of_level)
         step.num_trees = len(plan.trees)
         if self.curve.known:
             num_nodes = sum(len(tree) for tree in plan.trees.values())

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from tokenloom import embedded
 from tokenloom.config import Config
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.proposer import Proposer
@@ -41,7 +42,10 @@ def add_speculation(config: Config, engine: Engine, tokenizer: Tokenizer, ops: C
         if name == "ngram":
             proposers.append(_ngram(config, engine, tokenizer))
         else:
-            proposers.append(_draft(config, engine, ops, pool))
+            proposers += [
+                _draft(config, engine, ops, pool, directory, number)
+                for number, directory in enumerate(_draft_directories(config), 1)
+            ]
     limits = SpeculationLimits(
         max_depth=options.max_draft_depth,
         max_nodes=options.max_draft_tokens,
@@ -53,15 +57,19 @@ def add_speculation(config: Config, engine: Engine, tokenizer: Tokenizer, ops: C
         engine.speculate(Speculator(proposers, limits, engine.clock, RejectionJudge(ops.kernels)))
 
 
-def _draft(config: Config, engine: Engine, ops: Choice, pool: Any) -> DraftModel:
-    options = config.speculation
-    target = model_directory(config.model.model, config.model.revision)
-    if options.draft_model:
-        directory = model_directory(options.draft_model)
-    elif not config.model.model:
-        directory = Path(__file__).parent.parent / "embedded" / "draft"
-    else:
+def _draft_directories(config: Config) -> list[Path]:
+    if config.speculation.draft_model:
+        return [model_directory(name) for name in config.speculation.draft_model]
+    if config.model.model:
         raise InvalidParameter("draft_model", "", "the directory of a draft of the model")
+    return [embedded.DRAFT, embedded.DRAFT2]
+
+
+def _draft(
+    config: Config, engine: Engine, ops: Choice, pool: Any, directory: Path, number: int
+) -> DraftModel:
+    """Proposer `number`, from 1, of those that are draft models."""
+    target = model_directory(config.model.model, config.model.revision)
     executor, cache = engine.executor, engine.scheduler.cache
     if not isinstance(executor, LocalExecutor):
         raise UnsupportedFeature("speculate draft", "the executor of this engine computes elsewhere")
@@ -88,6 +96,7 @@ def _draft(config: Config, engine: Engine, ops: Choice, pool: Any) -> DraftModel
         plan,
         pool=pool,
         target_vocab_size=engine.limits.vocab_size,
+        name="draft" if number == 1 else f"draft{number}",
         free_frame=free_frame,
         prefix_cache=config.cache.prefix_cache,
         debug=config.runtime.debug,
