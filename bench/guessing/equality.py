@@ -99,7 +99,7 @@ def measure_equal(spec: dict[str, Any]) -> dict[str, Any]:
         expected = outputs_of(serve(parts.engine, requests).deltas)
     cases: dict[str, Any] = {}
     for proposers, (name, options) in itertools.product(PROPOSERS, SETTINGS.items()):
-        for pace in ("adaptive", "fixed"):
+        for pace in ("fixed",) if spec["quick"] else ("adaptive", "fixed"):
             chosen = {"speculate": proposers, "draft_pace": pace} | options
             with engine_parts(spec, **chosen) as parts:
                 mine = [

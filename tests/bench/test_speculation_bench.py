@@ -1,0 +1,53 @@
+"""bench/speculation.py runs anywhere in its quick mode, and says what it must."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tokenloom.kernels.native import extension
+
+
+def run(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(repository / "bench" / "speculation.py"), *arguments],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(extension.missing()), reason="the numpy reference would take minutes")
+def test_the_quick_mode_measures_every_part(repository: Path, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.jsonl"
+    shown = run(repository, "--quick", "--json", "--tokens", str(tokens))
+    assert shown.returncode == 0, shown.stderr
+    found: dict[str, Any] = json.loads(shown.stdout.splitlines()[-1])
+    assert found["outputs_equal"] is True
+    assert all(case["equal"] and case["drafted"] > 0 for case in found["parts"]["equal"]["cases"].values())
+    assert sum(case["accepted"] for case in found["parts"]["equal"]["cases"].values()) > 100
+    for key in (
+        "speedup_replay07_batch1",
+        "ratio_batch16_low",
+        "speedup_story_batch1",
+        "speedup_copy_batch1",
+    ):
+        assert found[key] > 0, key
+    # What is counted and not timed is the same on every machine.
+    assert found["tree_over_chain"] >= 1.15
+    assert found["parts"]["replay"]["curve"]["chain7_0.7"]["tokens_per_step"] > 2
+    lines = [json.loads(line) for line in tokens.read_text().splitlines()]
+    assert len(lines) == 20 and all(line["tokens"] and line["logprobs"] for line in lines)
+
+
+def test_unknown_parts_are_refused_by_name(repository: Path) -> None:
+    shown = run(repository, "--parts", "replay,nothing")
+    assert shown.returncode == 2
+    assert "nothing" in shown.stderr
