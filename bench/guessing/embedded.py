@@ -12,12 +12,13 @@ from typing import Any
 
 from rounds import Case, Figures, Referee
 
-from guessing.engines import Served, engine_parts, options_of, serve, speculate
+from guessing.engines import Served, Texts, engine_parts, options_of, serve, speculate
 from tokenloom import SamplingParams
 from tokenloom.embedded import ADAPTERS
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.proposer import Proposer
 from tokenloom.engine.request import Request
+from tokenloom.engine.speculator import Speculator
 from tokenloom.runtime.adapter_host import offer_adapter
 from tokenloom.serving.assembly import EngineParts, open_library
 
@@ -58,21 +59,14 @@ def measure_story(spec: dict[str, Any]) -> dict[str, Any]:
             "tree": _fixed(engine, proposers, 3, 3 * DEPTH),
         }
 
-        def case(name: str) -> Case:
-            def run(seed: str) -> Figures:
-                engine.speculate(settings[name])
-                found = [serve(engine, [request]) for request in requests]
-                if {key: text for each in found for key, text in each.texts().items()} != texts:
-                    raise RuntimeError("the text changed")
-                served[name] = found
-                return _figures(found)
-
-            return run
-
+        cases = {
+            name: _case(engine, speculator, requests, texts, served, name)
+            for name, speculator in settings.items()
+        }
         # The curve and the chances are learned before anything counts.
         for number in range(2):
-            case("adaptive")(f"warm/{number}")
-        found = Referee.of(spec).measure({name: case(name) for name in settings})
+            cases["adaptive"](f"warm/{number}")
+        found = Referee.of(spec).measure(cases)
     per_request = {
         name: [each.tokens_per_step for each in runs] for name, runs in served.items() if name != "plain"
     }
@@ -108,6 +102,26 @@ def _fixed(engine: Engine, proposers: list[Proposer], width: int, nodes: int) ->
     return speculate(engine, proposers, pace="fixed", max_depth=DEPTH, max_nodes=nodes, width=width)
 
 
+def _case(
+    engine: Engine,
+    speculator: Speculator,
+    requests: list[Request],
+    texts: Texts,
+    served: dict[str, list[Served]],
+    name: str,
+) -> Case:
+    """Serves one request after another; what each run gave last is kept in `served` under `name`."""
+
+    def run(seed: str) -> Figures:
+        engine.speculate(speculator)
+        found = served[name] = [serve(engine, [request]) for request in requests]
+        if {key: text for each in found for key, text in each.texts().items()} != texts:
+            raise RuntimeError("the text changed")
+        return _figures(found)
+
+    return run
+
+
 def _figures(found: list[Served]) -> Figures:
     tokens = sum(step.decode_rows + step.num_accepted for each in found for step in each.decoding)
     roots = sum(step.decode_rows for each in found for step in each.decoding)
@@ -138,19 +152,14 @@ def measure_copy(spec: dict[str, Any]) -> dict[str, Any]:
         for request in requests:
             texts |= serve(engine, [request]).texts()
 
-        def case(name: str) -> Case:
-            def run(seed: str) -> Figures:
-                engine.speculate(settings[name])
-                found = [serve(engine, [request]) for request in requests]
-                if {key: text for each in found for key, text in each.texts().items()} != texts:
-                    raise RuntimeError("the text changed")
-                return _figures(found)
-
-            return run
-
+        served: dict[str, list[Served]] = {}
+        cases = {
+            name: _case(engine, speculator, requests, texts, served, name)
+            for name, speculator in settings.items()
+        }
         for number in range(3):
-            case("ngram")(f"warm/{number}")
-        found = Referee.of(spec).measure({name: case(name) for name in settings})
+            cases["ngram"](f"warm/{number}")
+        found = Referee.of(spec).measure(cases)
         library.close()
     return {
         "speedup_copy_batch1": found.ratio("ngram", "plain", "decode_tok_s"),
