@@ -115,7 +115,7 @@ class Speculator:
         self._paces: dict[Sequence, Pace] = {}
         self._keys = 0
         self._propose_seconds = 0.0
-        self._asked_seconds = self._own = 0.0
+        self._asked_seconds = self._chosen_seconds = 0.0
         self._own_seconds = 0.0
         """What choosing and learning take in a step with trees, on average."""
         self._rows_of_level = 1.0
@@ -163,8 +163,8 @@ class Speculator:
             scheduler.cache.release(seq.truncate(len(seq.tokens)))
         if plan.trees:
             self.stats.steps += 1
-            self._own = self._clock.now() - began - self._asked_seconds
             self._propose_seconds = self._clock.now() - began
+            self._chosen_seconds = self._propose_seconds - self._asked_seconds
         else:
             self.stats.skipped += 1
             self._step.skipped = True
@@ -362,7 +362,7 @@ class Speculator:
             took = (alone if verified < plan.num_rows else seconds) + self._propose_seconds
             self.price.observe(worth, took)
         if plan.trees:
-            own = self._own + self._clock.now() - began
+            own = self._chosen_seconds + self._clock.now() - began
             self._own_seconds += (0.1 if self._own_seconds else 1.0) * (own - self._own_seconds)
 
     def _count(self, plan: Plan, accepted: dict[Sequence, list[int]], seconds: float) -> None:
@@ -376,8 +376,9 @@ class Speculator:
             step.accepted_by_depth += [0] * (len(nodes) - len(step.accepted_by_depth))
             for depth in range(len(nodes)):
                 step.accepted_by_depth[depth] += 1
-            self._learn(seq, tree, nodes)
-            rows = len(tree) / max(tree.depths())
+            depths = tree.depths()
+            self._learn(seq, tree, nodes, depths)
+            rows = len(tree) / max(depths)
             self._rows_of_level += 0.05 * (rows - self._rows_of_level)
         step.num_trees = len(plan.trees)
         if self.curve.known:
@@ -387,13 +388,12 @@ class Speculator:
             step.seconds_saved = gained + plain - seconds - self._propose_seconds
             stats.seconds_saved += step.seconds_saved
 
-    def _learn(self, seq: Sequence, tree: TokenTree, nodes: list[int]) -> None:
+    def _learn(self, seq: Sequence, tree: TokenTree, nodes: list[int], depths: list[int]) -> None:
         adapter = _learned_as(seq)
         taken = {ROOT, *nodes}
         # Where the text ended, nobody knows what would have followed.
         last = nodes[-1] if nodes else ROOT
         ended = seq.finish_reason is not None
-        depths = tree.depths()
         levels: dict[tuple[int, int], bool] = {}
         for node, parent in enumerate(tree.parents):
             if parent not in taken or (ended and parent == last):
