@@ -203,8 +203,9 @@ def selection_ms(requests: int = 256, width: int = 3, depth: int = 8) -> float:
             for _ in range(width):
                 below.append(len(tree))
                 tree.tokens.append(len(tree))
-                tree.parents.append(level[int(rng.integers(len(level)))])
-                tree.chances.append(float(rng.random()))
+                parent = level[int(rng.integers(len(level)))]
+                tree.parents.append(parent)
+                tree.reaches.append(float(rng.random()) * (1.0 if parent < 0 else tree.reaches[parent]))
                 tree.features.append(())
             level = below
         trees.append(tree)

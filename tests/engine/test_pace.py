@@ -103,7 +103,7 @@ def test_the_budget_is_the_best_of_all(machine: CostModel, requests: int) -> Non
     rng = random.Random(requests)
     trees = [random_tree(rng, 20) for _ in range(requests)]
     ranked, curve = RankedTrees(trees), curve_of(machine)
-    gains = sorted((reach for tree in trees for reach in tree.reaches()), reverse=True)
+    gains = sorted((reach for tree in trees for reach in tree.reaches), reverse=True)
     rates = [
         (requests + sum(gains[:nodes])) / curve.seconds(requests + nodes, 0)
         for nodes in range(len(gains) + 1)
@@ -155,7 +155,7 @@ def test_with_a_price_every_row_pays_that_is_verified(price: float) -> None:
     rng = random.Random(3)
     trees = [random_tree(rng, 20) for _ in range(6)]
     ranked, curve = RankedTrees(trees), curve_of(MEMORY_BOUND)
-    gains = sorted((reach for tree in trees for reach in tree.reaches()), reverse=True)
+    gains = sorted((reach for tree in trees for reach in tree.reaches), reverse=True)
     for other in (0, 300):
         surplus = [
             sum(gains[:nodes]) - price * curve.seconds(6 + nodes + other, 0)

@@ -20,7 +20,7 @@ def trees(draw: st.DrawFn, number: int = 0) -> TokenTree:
         taken.add((parent, token))
         tree.tokens.append(token)
         tree.parents.append(parent)
-        tree.chances.append(draw(st.floats(0, 1)))
+        tree.reaches.append(draw(st.floats(0, 1)) * (1.0 if parent < 0 else tree.reaches[parent]))
         tree.features.append(((number, 0, 0.5),))
     return tree
 
@@ -35,25 +35,25 @@ def test_a_merged_tree_has_the_token_sequences_of_all_and_no_other(parts: tuple[
     merged.check()
     assert texts(merged) == set().union(*map(texts, parts))
     assert len(texts(merged)) == len(merged)
-    for path, features, chance in zip(merged.paths(), merged.features, merged.chances, strict=True):
+    for path, features, reach in zip(merged.paths(), merged.features, merged.reaches, strict=True):
         theirs = [
-            (tree.features[node], tree.chances[node])
+            (tree.features[node], tree.reaches[node])
             for tree in parts
             for node, found in enumerate(tree.paths())
             if found == path
         ]
         assert features == sum((feature for feature, _ in theirs), ())
-        assert chance == max(chance for _, chance in theirs)
+        assert reach == max(reach for _, reach in theirs)
 
 
 @given(trees(), st.integers(0, 12))
 def test_what_is_kept_of_a_tree_is_a_tree(tree: TokenTree, count: int) -> None:
-    reaches = tree.reaches()
+    reaches = tree.reaches
     best = sorted(range(len(tree)), key=lambda node: (-reaches[node], node))[:count]
     kept = tree.keep(sorted(best))
     kept.check()
     assert texts(kept) <= texts(tree)
-    assert kept.reaches() == [reaches[node] for node in sorted(best)]
+    assert kept.reaches == [reaches[node] for node in sorted(best)]
 
 
 def test_depths_paths_and_children() -> None:
@@ -69,8 +69,9 @@ def test_depths_paths_and_children() -> None:
         (TokenTree([1, 1], [-1, -1], [0.5, 0.5], [(), ()]), "same token"),
         (TokenTree([1], [0], [0.5], [()]), "has parent 0"),
         (TokenTree([1], [-2], [0.5], [()]), "has parent -2"),
-        (TokenTree([1], [-1], [1.5], [()]), "chance"),
-        (TokenTree([1], [-1], [float("nan")], [()]), "chance"),
+        (TokenTree([1], [-1], [1.5], [()]), "probability"),
+        (TokenTree([1], [-1], [float("nan")], [()]), "probability"),
+        (TokenTree([1, 2], [-1, 0], [0.5, 0.6], [(), ()]), "its parent with 0.5"),
         (TokenTree([1], [-1], [], [()]), "lengths"),
         (
             TokenTree(

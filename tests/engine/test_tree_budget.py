@@ -116,7 +116,7 @@ def test_the_first_budget_is_the_best_of_all(machine: CostModel, requests: int) 
     rng = random.Random(requests)
     trees = [random_tree(rng, 20) for _ in range(requests)]
     curve = curve_of(machine)
-    gains = sorted((reach for tree in trees for reach in tree.reaches()), reverse=True)
+    gains = sorted((reach for tree in trees for reach in tree.reaches), reverse=True)
     rates = [
         (requests + sum(gains[:nodes])) / curve.seconds(requests + nodes, 0)
         for nodes in range(len(gains) + 1)

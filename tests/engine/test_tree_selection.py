@@ -23,7 +23,7 @@ NO_CAP = SelectionPolicy(cap=0)
 def grow(tree: TokenTree, parent: int, token: int, chance: float) -> int:
     tree.tokens.append(token)
     tree.parents.append(parent)
-    tree.chances.append(chance)
+    tree.reaches.append(chance * (1.0 if parent < 0 else tree.reaches[parent]))
     tree.features.append(())
     return len(tree) - 1
 
@@ -51,7 +51,7 @@ def random_tree(rng: random.Random, nodes: int) -> TokenTree:
 
 def beam(tree: TokenTree, width: int, depth: int) -> set[int]:
     """Level by level the best `width` nodes below those kept."""
-    depths, reaches = tree.depths(), tree.reaches()
+    depths, reaches = tree.depths(), tree.reaches
     kept: set[int] = {-1}
     for level in range(1, depth + 1):
         below = [i for i, parent in enumerate(tree.parents) if depths[i] == level and parent in kept]
@@ -76,7 +76,7 @@ def subtrees(tree: TokenTree, most: int) -> Iterator[tuple[int, ...]]:
 
 def best_by_size(tree: TokenTree, most: int) -> list[float]:
     """The most expected tokens (the produced one included) with each number of nodes."""
-    reaches = tree.reaches()
+    reaches = tree.reaches
     best = [-1.0] * (most + 1)
     for nodes in subtrees(tree, most):
         best[len(nodes)] = max(best[len(nodes)], 1 + sum(reaches[node] for node in nodes))
@@ -96,7 +96,7 @@ def brute_force(bests: Sequence[list[float]], nodes: int, needs: Sequence[float]
 
 
 def expected(tree: TokenTree, nodes: list[int]) -> float:
-    reaches = tree.reaches()
+    reaches = tree.reaches
     return 1 + sum(reaches[node] for node in nodes)
 
 
@@ -130,7 +130,7 @@ def two_phases(
     left = budget - len(trees)
     cap = int(policy.cap * budget / len(trees)) if policy.cap else 10**9
     heaps = [
-        [(-reach, node) for node, reach in enumerate(tree.reaches()) if tree.parents[node] < 0]
+        [(-reach, node) for node, reach in enumerate(tree.reaches) if tree.parents[node] < 0]
         for tree in trees
     ]
     chosen: list[list[int]] = [[] for _ in trees]
@@ -140,7 +140,7 @@ def two_phases(
         chosen[i].append(node)
         for child, parent in enumerate(trees[i].parents):
             if parent == node:
-                heapq.heappush(heaps[i], (reach * trees[i].chances[child], child))
+                heapq.heappush(heaps[i], (-trees[i].reaches[child], child))
         return -reach
 
     for heap in heaps:
@@ -169,14 +169,17 @@ def test_it_equals_the_plain_two_phases(order: str, cap: float) -> None:
         assert select(trees, budget, needs, policy) == two_phases(trees, budget, needs, policy)
 
 
+def tree_of(rows: list[tuple[float, float]]) -> TokenTree:
+    """Node by node its place, from which its parent follows, and its chance."""
+    tree = TokenTree()
+    for node, (place, chance) in enumerate(rows):
+        grow(tree, min(node - 1, int(place * node)) if place > 0 else -1, node, chance)
+    return tree
+
+
 trees_of_any_kind = st.lists(
     st.lists(st.tuples(st.floats(-1, 1), st.sampled_from([0.0, 1e-300, 0.3, 0.5, 1.0])), max_size=64).map(
-        lambda rows: TokenTree(
-            list(range(len(rows))),
-            [min(node - 1, int(place * node)) if place > 0 else -1 for node, (place, _) in enumerate(rows)],
-            [chance for _, chance in rows],
-            [()] * len(rows),
-        )
+        tree_of
     ),
     max_size=6,
 )

@@ -275,7 +275,7 @@ def grown(
                 known[token] = len(tree)
                 tree.tokens.append(token)
                 tree.parents.append(node)
-                tree.chances.append(0.5)
+                tree.reaches.append(0.5 if node < 0 else tree.reaches[node] / 2)
                 tree.features.append(())
         law = None if regime == "chosen" else q[path]
         drafts[node] = [Draws(regime, [known[token] for token in tokens], law)]

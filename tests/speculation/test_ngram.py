@@ -38,11 +38,13 @@ def ask(
 
 def check(proposal: Proposal, depth: int, nodes: int, width: int) -> None:
     """Everything the protocol says about a proposal, and nodes in the order of their paths' probability."""
-    tree = TokenTree(proposal.tokens, proposal.parents, proposal.confidences, [()] * len(proposal.tokens))
+    reaches: list[float] = []
+    for parent, confidence in zip(proposal.parents, proposal.confidences, strict=True):
+        reaches.append(confidence * (1.0 if parent < 0 else reaches[parent]))
+    tree = TokenTree(proposal.tokens, proposal.parents, reaches, [()] * len(proposal.tokens))
     tree.check()
     assert len(proposal.ranks) == len(tree) <= nodes
     assert max(tree.depths(), default=0) <= depth
-    reaches = tree.reaches()
     assert all(a >= b - 1e-12 for a, b in pairwise(reaches))
     for parent in set(proposal.parents):
         family = [node for node in range(len(tree)) if proposal.parents[node] == parent]

@@ -275,7 +275,7 @@ class Simulation:
                 frontier.append((reach, len(tree)))
                 tree.tokens.append(rank)
                 tree.parents.append(parent)
-                tree.chances.append(chances[rank])
+                tree.reaches.append(chances[rank] * (1.0 if parent < 0 else tree.reaches[parent]))
                 tree.features.append(((0, rank, said[rank]),))
         return tree
 

@@ -21,6 +21,7 @@ from tokenloom.engine.policies.acceptance import AcceptanceTable
 from tokenloom.engine.policies.latency_curve import LatencyCurve
 from tokenloom.engine.policies.pace import (
     LEVEL_PRIOR,
+    Needs,
     Pace,
     ShapeRule,
     TimePrice,
@@ -254,24 +255,24 @@ class Speculator:
     def _tree(self, number: int, proposal: Proposal, want: Wanted) -> TokenTree:
         """What proposer `number` suggests, without what lies too deep, behind the end of the text, or nowhere."""
         tree = TokenTree()
-        stops = want.seq.stop_ids
-        adapter = _learned_as(want.seq)
-        kept = {ROOT: (ROOT, 0)}
+        tokens, reaches = tree.tokens, tree.reaches
+        stops, adapter = want.seq.stop_ids, _learned_as(want.seq)
+        kept = {ROOT: (ROOT, 0, 1.0)}
         places: dict[int, int] = {}
         most = want.max_nodes if want.draws else MAX_NODES
         columns = zip(proposal.tokens, proposal.parents, proposal.ranks, proposal.confidences, strict=True)
         for node, (token, parent, rank, confidence) in enumerate(columns):
-            found = kept.get(parent)
-            if found is None or found[1] >= want.max_depth or len(tree) == most:
+            above, depth, reach = kept.get(parent, (ROOT, want.max_depth, 0.0))
+            place = len(tokens)
+            if depth >= want.max_depth or place == most or not 0 <= token < self.vocab_size:
                 continue
-            if not 0 <= token < self.vocab_size:
-                continue
+            reach *= self.chances.chance(number, adapter, rank, confidence)
             if token not in stops:
-                kept[node] = (len(tree), found[1] + 1)
-            places[node] = len(tree)
-            tree.tokens.append(token)
-            tree.parents.append(found[0])
-            tree.chances.append(self.chances.chance(number, adapter, rank, confidence))
+                kept[node] = (place, depth + 1, reach)
+            places[node] = place
+            tokens.append(token)
+            tree.parents.append(above)
+            reaches.append(reach)
             tree.features.append(((number, rank, confidence),))
         if want.draws and proposal.draws:
             proposal.check_draws(want.max_nodes, self.vocab_size)
@@ -291,15 +292,12 @@ class Speculator:
         budget = len(trees) + room - drawn
         needs = None
         other_rows = plan.num_rows - len(wanted) + drawn
-        whole = min(budget, len(trees) + int(ranked.sizes.sum()))
+        whole = min(budget, len(trees) + len(ranked.reaches))
         # What so many rows cost is tried a few times: a curve that is never asked stays wrong.
         if self.limits.pace == "adaptive" and (
             not self.curve.known or self.curve.has_seen(whole + other_rows)
         ):
-            paces = [self._pace_of(seq) for seq in wanted]
-            depth = max(max(tree.depths(), default=0) for tree in trees)
-            remaining = [seq.max_length - len(seq.tokens) for seq in wanted]
-            wish = needs_of(paces, plan.now, depth, remaining)
+            wish = self._needs(plan, wanted, trees)
             budget, seconds = choose_budget(
                 ranked,
                 self.curve,
@@ -311,7 +309,7 @@ class Speculator:
                 boost=self.limits.selection.boost,
                 price=self.price.rate,
             )
-            needs = wish.at(seconds)
+            needs = None if wish is None else wish.at(seconds)
         chosen = ranked.select(budget, needs, self.limits.selection)
         for seq, tree, nodes in zip(wanted, trees, chosen, strict=True):
             if tree.draws:
@@ -320,8 +318,17 @@ class Speculator:
                 continue
             nodes = nodes[: _reserve(scheduler, seq, len(nodes))]
             if nodes:
-                plan.trees[seq] = tree.keep(nodes)
+                plan.trees[seq] = tree if len(nodes) == len(tree) else tree.keep(nodes)
                 plan.num_rows += len(nodes)
+
+    def _needs(self, plan: Plan, wanted: list[Sequence], trees: list[TokenTree]) -> Needs | None:
+        """What requests with an SLO need of this step; None where there are none."""
+        paces = [self._pace_of(seq) for seq in wanted]
+        if all(pace.tpot == inf for pace in paces):
+            return None
+        depth = max(max(tree.depths(), default=0) for tree in trees)
+        remaining = [seq.max_length - len(seq.tokens) for seq in wanted]
+        return needs_of(paces, plan.now, depth, remaining)
 
     def _pace_of(self, seq: Sequence) -> Pace:
         pace = self._paces.get(seq)
@@ -445,8 +452,8 @@ def _best(tree: TokenTree, most: int) -> TokenTree:
     together. A tree with draws has no more of them than were asked for, and is left whole."""
     if len(tree) <= most or tree.draws:
         return tree
-    reaches = tree.reaches()
-    return tree.keep(sorted(sorted(range(len(tree)), key=lambda node: (-reaches[node], node))[:most]))
+    likely = sorted(range(len(tree)), key=lambda node: -tree.reaches[node])
+    return tree.keep(sorted(likely[:most]))
 
 
 def _reserve(scheduler: Scheduler, seq: Sequence, num_nodes: int) -> int:

@@ -7,7 +7,7 @@ The root is the last committed token, whose KV is still to be computed; it is no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -38,7 +38,8 @@ class Draws(NamedTuple):
 class TokenTree:
     """Node i has token `tokens[i]` and hangs below node `parents[i]` < i (`ROOT`: the root).
 
-    `chances[i]` is the estimated probability that the target takes the node where it takes its parent, in [0, 1].
+    `reaches[i]` is the estimated probability that the target takes the whole path to the node: in [0, 1], and at most
+    that of its parent.
     `features[i]` is what each proposer that suggested it said about it: (number of the proposer, rank among the
     siblings that it suggested, from 0, its own confidence in [0, 1]).
     No two children of a node have one token. `draws[node]` says which children of a node (or of `ROOT`) are draws,
@@ -47,7 +48,7 @@ class TokenTree:
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
-    chances: list[float] = field(default_factory=list)
+    reaches: list[float] = field(default_factory=list)
     features: list[tuple[tuple[int, int, float], ...]] = field(default_factory=list)
     draws: dict[int, list[Draws]] = field(default_factory=dict)
 
@@ -60,13 +61,6 @@ class TokenTree:
         for parent in self.parents:
             depths.append(1 if parent < 0 else depths[parent] + 1)
         return depths
-
-    def reaches(self) -> list[float]:
-        """Of each node: the estimated probability that the target takes the whole path to it."""
-        reaches: list[float] = []
-        for parent, chance in zip(self.parents, self.chances, strict=True):
-            reaches.append(chance if parent < 0 else reaches[parent] * chance)
-        return reaches
 
     def children(self) -> dict[tuple[int, int], int]:
         """(parent, token) → node."""
@@ -86,7 +80,7 @@ class TokenTree:
         return TokenTree(
             [self.tokens[node] for node in nodes],
             [number[self.parents[node]] for node in nodes],
-            [self.chances[node] for node in nodes],
+            [self.reaches[node] for node in nodes],
             [self.features[node] for node in nodes],
         )
 
@@ -95,21 +89,25 @@ class TokenTree:
         count = len(self.tokens)
         if count > MAX_NODES:
             raise ValueError(f"a tree of {count} nodes, more than {MAX_NODES}")
-        if not len(self.parents) == len(self.chances) == len(self.features) == count:
+        if not len(self.parents) == len(self.reaches) == len(self.features) == count:
             raise ValueError("the columns of a tree have different lengths")
-        for node, (parent, chance) in enumerate(zip(self.parents, self.chances, strict=True)):
+        for node, (parent, reach) in enumerate(zip(self.parents, self.reaches, strict=True)):
             if not ROOT <= parent < node:
                 raise ValueError(f"node {node} has parent {parent}")
-            if not 0 <= chance <= 1:
-                raise ValueError(f"node {node} has the chance {chance}")
+            most = 1.0 if parent == ROOT else self.reaches[parent]
+            if not 0 <= reach <= most:
+                raise ValueError(f"node {node} is reached with probability {reach}, its parent with {most}")
         if len(self.children()) != count:
             raise ValueError("two children of one node have the same token")
 
 
-def merge(trees: Iterable[TokenTree]) -> TokenTree:
+def merge(trees: Sequence[TokenTree]) -> TokenTree:
     """The union of the trees' token sequences (section 3.2 of the paper): nodes are one iff the tokens from the
-    root to them are equal. A node that several trees have keeps what each of them said; its chance is the highest.
+    root to them are equal. A node that several trees have keeps what each of them said, and is reached as the most
+    confident of them says. One tree alone is given back itself.
     """
+    if len(trees) == 1:
+        return trees[0]
     merged = TokenTree()
     known: dict[tuple[int, int], int] = {}
     for tree in trees:
@@ -121,10 +119,10 @@ def merge(trees: Iterable[TokenTree]) -> TokenTree:
                 found = known[key] = len(merged.tokens)
                 merged.tokens.append(token)
                 merged.parents.append(key[0])
-                merged.chances.append(tree.chances[node])
+                merged.reaches.append(tree.reaches[node])
                 merged.features.append(tree.features[node])
             else:
-                merged.chances[found] = max(merged.chances[found], tree.chances[node])
+                merged.reaches[found] = max(merged.reaches[found], tree.reaches[node])
                 merged.features[found] += tree.features[node]
             number[node] = found
         for parent, drawn in tree.draws.items():

@@ -53,7 +53,6 @@ def draft(backend: Backend, work: DraftWork) -> list[Proposal]:
 
     Raises as `Backend.run`, and ValueError for work that is not legal, before anything is computed.
     """
-    work.check()
     if isinstance(backend, NativeBackend) and not work.draws:
         return backend.draft(work)
     return draft_by_levels(backend, work)

@@ -180,6 +180,7 @@ class DraftModel:
         work = draft_work(jobs, self.name, self._target_vocab_size)
         if self._debug:
             work.batch.check()
+            work.check()
         found = draft(self._executor.backend, work)
         for job, proposal in zip(jobs, found, strict=True):
             job.state.computed = max(job.end, job.state.computed)

@@ -35,7 +35,7 @@ class LatencyCurve:
     a step during which the machine did something else hardly matters.
     """
 
-    def __init__(self, knots: tuple[int, ...] = KNOTS, window: float = 200.0, refit_every: int = 16) -> None:
+    def __init__(self, knots: tuple[int, ...] = KNOTS, window: float = 200.0, refit_every: int = 32) -> None:
         self._knots = knots
         self._starts = np.array(knots[:-1], float)
         self._widths = np.diff(np.array(knots, float))
@@ -46,11 +46,14 @@ class LatencyCurve:
         size = len(knots) + 1
         self._moments = np.zeros((len(knots), size, size))
         self._targets = np.zeros((len(knots), size))
-        self._counts = np.zeros(len(knots))
-        self._features = np.ones(size)
+        self._counts = [0.0] * len(knots)
+        self._pending: list[tuple[int, int, int, float, float]] = []
+        """Observations since the last fit: part, rows, keys, seconds at the speed of then, weight."""
         self._smooth = self._penalty(size)
         self._values = [0.0] * len(knots)
         self._values_array = np.zeros(len(knots))
+        self._table = np.zeros(knots[-1] + 1)
+        """Seconds by rows, at a speed of 1 and without keys."""
         self._per_key = 0.0
         self._speed = 1.0
         self._scale = 0.1
@@ -94,27 +97,26 @@ class LatencyCurve:
         found: NDArray[np.float64] = np.interp(rows, knots, values) + beyond + self._per_key * keys
         return found * self._speed
 
+    def seconds_up_to(self, first: int, last: int, keys: int) -> NDArray[np.float64]:
+        """`seconds` of `first`, `first` + 1, ... `last` rows (`first` at least 1): float64 [last - first + 1]."""
+        table = self._table
+        if last >= len(table):
+            return self.seconds_of(np.arange(first, last + 1), keys)
+        return self._speed * (table[first : last + 1] + self._per_key * keys)
+
     def observe(self, rows: int, keys: int, seconds: float) -> None:
         """A step of `rows` rows over `keys` keys took `seconds`. What cannot be a step (no rows, no time) is left
         out."""
         if rows < 1 or keys < 0 or not 0 < seconds < float("inf"):
             return
         weight = self._weight(rows, keys, seconds)
-        seconds /= self._speed
-        features = self._features
-        np.minimum(np.maximum(rows - self._starts, 0.0) / self._widths, self._limits, out=features[1:-1])
-        features[-1] = keys / _KEYS_UNIT
-        region = bisect_right(self._knots, rows) - 1
-        moments, targets = self._moments[region], self._targets[region]
-        moments *= self._keep
-        moments += np.outer(features, features * weight)
-        targets *= self._keep
-        targets += features * (weight * seconds)
-        self._counts[region] = self._counts[region] * self._keep + 1
+        part = bisect_right(self._knots, rows) - 1
+        self._pending.append((part, rows, keys, seconds / self._speed, weight))
+        self._counts[part] = self._counts[part] * self._keep + 1
         self._observed += 1
-        news = rows > self._most_rows
+        news = rows > self._most_rows or self._counts[part] < _FEW
         self._most_rows = max(self._most_rows, rows)
-        if news or self._observed <= 2 * _ENOUGH or self._observed % self._refit_every == 0:
+        if news or self._observed <= 2 * _ENOUGH or len(self._pending) >= self._refit_every:
             self._fit()
 
     def _weight(self, rows: int, keys: int, seconds: float) -> float:
@@ -131,10 +133,28 @@ class LatencyCurve:
         self._scale = max(_SMALLEST_SCALE, self._scale + 0.05 * (min(error, 2 * limit) - self._scale))
         return min(1.0, limit / error if error else 1.0) * (self._speed / expected) ** 2
 
+    def _absorb(self) -> None:
+        """Add what was observed since the last fit to the sums of its parts."""
+        seen = np.array(self._pending)
+        self._pending.clear()
+        parts, rows, keys, seconds, weights = seen.T
+        features = np.ones((len(seen), len(self._knots) + 1))
+        rise = np.maximum(rows[:, None] - self._starts, 0.0) / self._widths
+        np.minimum(rise, self._limits, out=features[:, 1:-1])
+        features[:, -1] = keys / _KEYS_UNIT
+        for part in np.unique(parts).astype(int).tolist():
+            chosen = parts == part
+            ages = np.arange(int(chosen.sum()))[::-1]
+            weighted = features[chosen] * (weights[chosen] * self._keep**ages)[:, None]
+            forgotten = self._keep ** len(ages)
+            self._moments[part] = self._moments[part] * forgotten + weighted.T @ features[chosen]
+            self._targets[part] = self._targets[part] * forgotten + seconds[chosen] @ weighted
+
     def _fit(self) -> None:
         """Solve for the unknowns; those that would fall below 0 are held at 0."""
+        self._absorb()
         moments, targets = self._moments.sum(0), self._targets.sum(0)
-        moments += self._smooth * (moments[0, 0] / self._counts.sum())
+        moments += self._smooth * (moments[0, 0] / sum(self._counts))
         free = np.arange(len(targets))
         while len(free):
             solved = np.linalg.solve(moments[np.ix_(free, free)], targets[free])
@@ -145,4 +165,5 @@ class LatencyCurve:
         found[free] = solved
         self._values_array = np.cumsum(found[:-1])
         self._values = self._values_array.tolist()
+        self._table = np.interp(np.arange(len(self._table)), self._knots, self._values_array)
         self._per_key = float(found[-1]) / _KEYS_UNIT

@@ -169,13 +169,16 @@ def choose_budget(
     """
     roots = len(ranked)
     base = roots + other_rows
-    worth = ranked.reaches
+    trusted = max(curve.trusted_rows - base, roots) if curve.known else roots
+    most = max(0, min(limit - roots, len(ranked.reaches), trusted))
     if needs is not None and needs.rate.any():
         worth = ranked.worth(needs.at(overhead + curve.seconds(base + roots, keys)), boost)
-    trusted = max(curve.trusted_rows - base, roots) if curve.known else roots
-    most = max(0, min(limit - roots, int(ranked.sizes.sum()), trusted))
-    values = np.append(0.0, np.cumsum(-np.sort(-worth, axis=None)[:most]))
-    seconds = overhead + curve.seconds_of(base + np.arange(most + 1), keys)
+        gains = -np.sort(-worth, axis=None)[:most]
+    else:
+        gains = ranked.reaches[:most]
+    values = np.zeros(most + 1)
+    np.cumsum(gains, out=values[1:])
+    seconds = curve.seconds_up_to(base, base + most, keys) + overhead
     if not curve.known:
         best = most
     elif price:
@@ -235,21 +238,26 @@ class DraftGate:
             return 0
         if not curve.known:
             return 1
-        levels = np.arange(len(gains) + 1)
-        nodes = np.append(0.0, np.cumsum(np.ones(len(gains)) if rows is None else rows))
-        verified = np.rint(requests * (1 + nodes)).astype(np.int64) + other_rows
-        drafting = level_seconds * levels if isinstance(level_seconds, float) else np.array(level_seconds)
-        seconds = curve.seconds_of(verified, keys) + drafting
-        tokens = 1 + np.append(0.0, np.cumsum(gains))
-        if price:
-            best = int((requests * tokens - price * seconds).argmax())
-        else:
-            best = int((tokens / np.maximum(seconds, 1e-9)).argmax())
+        # Numbers one by one: an array operation costs more than a handful of levels.
+        base = requests + other_rows
+        plain = first = curve.seconds(base, keys)
+        best, best_value = 0, requests - price * plain if price else 1 / max(plain, 1e-9)
+        tokens, nodes = 1.0, 0.0
+        for level, gain in enumerate(gains, 1):
+            tokens += gain
+            nodes += 1.0 if rows is None else rows[level - 1]
+            drafting = level_seconds * level if isinstance(level_seconds, float) else level_seconds[level]
+            seconds = curve.seconds(base + round(requests * nodes), keys) + drafting
+            if level == 1:
+                first = seconds
+            value = requests * tokens - price * seconds if price else tokens / max(seconds, 1e-9)
+            if value > best_value:
+                best, best_value = level, value
         if best:
             self._off_seconds = 0.0
             return best
-        self._off_seconds += steps * float(seconds[0])
-        if self._off_seconds * self._probe_share < seconds[1] - seconds[0]:
+        self._off_seconds += steps * plain
+        if self._off_seconds * self._probe_share < first - plain:
             return 0
         self._off_seconds = 0.0
         return 1

@@ -9,9 +9,9 @@ among equals, so what is taken from the top of a ranked tree is a tree.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from math import inf
 from typing import Final, Literal
 
@@ -50,37 +50,42 @@ FULL: Final = SelectionPolicy(boost=2.0)
 
 
 class RankedTrees:
-    """The nodes of the trees of one step, ranked within each tree by the chance to reach them.
+    """The nodes of the trees of one step, ranked by the chance to reach them.
 
-    `reaches` [most nodes, trees] float64: column i falls from the best node of tree i, then is 0. `nodes` is the
-    number of each; `sizes` [trees] says how many are real.
+    `sizes` [trees] int64 and, over all trees, `reaches` [nodes] float64, which falls; equals stand in the order of
+    the trees, and parents before their children. Within each tree: `columns` and `nodes`, for who asks for them.
     """
 
-    __slots__ = ("nodes", "reaches", "sizes")
+    __slots__ = ("_by_tree", "_flat", "_order", "reaches", "sizes")
 
     def __init__(self, trees: Sequence[TokenTree]) -> None:
-        count = len(trees)
-        self.sizes: NDArray[np.int64] = np.fromiter((len(tree.tokens) for tree in trees), np.int64, count)
-        height = int(self.sizes.max(initial=0))
-        total = int(self.sizes.sum())
-        there = np.arange(height) < self.sizes[:, None]
-        chances = np.zeros((count, height))
-        chances[there] = list(chain.from_iterable(tree.chances for tree in trees)) if total else 0.0
-        parents = np.full((count, height), -1)
-        parents[there] = list(chain.from_iterable(tree.parents for tree in trees)) if total else -1
-        # One row for the roots, then one per node, node by node: a node's parent is done before it.
-        reaches = np.ones((height + 1, count))
-        places = (parents.T + 1) * count + np.arange(count)
-        flat, columns = reaches.ravel(), np.ascontiguousarray(chances.T)
-        for node in range(height):
-            np.multiply(flat.take(places[node]), columns[node], out=reaches[node + 1])
-        by_tree = np.ascontiguousarray(reaches[1:].T)
-        order = np.argsort(-by_tree, axis=1, kind="stable")
-        self.nodes: NDArray[np.int64] = order
-        self.reaches: NDArray[np.float64] = np.ascontiguousarray(np.take_along_axis(by_tree, order, 1).T)
+        self.sizes: NDArray[np.int64] = np.array([len(tree.tokens) for tree in trees], np.int64)
+        self._flat = np.array([reach for tree in trees for reach in tree.reaches], np.float64)
+        self._order = np.argsort(-self._flat, kind="stable")
+        self.reaches: NDArray[np.float64] = self._flat[self._order]
+        self._by_tree: tuple[NDArray[np.float64], NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    @property
+    def columns(self) -> NDArray[np.float64]:
+        """[most nodes, trees] float64: column i falls from the best node of tree i, then is 0."""
+        return self._ranked_by_tree()[0]
+
+    @property
+    def nodes(self) -> NDArray[np.int64]:
+        """[trees, most nodes]: the numbers of the nodes of `columns`."""
+        return self._ranked_by_tree()[1]
+
+    def _ranked_by_tree(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        if self._by_tree is None:
+            height = int(self.sizes.max(initial=0))
+            found = np.zeros((len(self), height))
+            found[np.arange(height) < self.sizes[:, None]] = self._flat
+            order = np.argsort(-found, axis=1, kind="stable")
+            self._by_tree = np.ascontiguousarray(np.take_along_axis(found, order, 1).T), order
+        return self._by_tree
 
     def counts_for(self, needs: NDArray[np.float64]) -> NDArray[np.int64]:
         """Nodes that bring the expected tokens of each tree to its need: needs [..., trees] → [..., trees].
@@ -88,17 +93,17 @@ class RankedTrees:
         The token after the last accepted one is always produced, so a need of 1 takes no node; where all nodes do
         not suffice it is all of them.
         """
-        before = np.cumsum(self.reaches, 0) - self.reaches
+        before = np.cumsum(self.columns, 0) - self.columns
         wanted: NDArray[np.int64] = (1 + before < needs[..., None, :]).sum(-2)
         return np.minimum(wanted, self.sizes)
 
     def worth(self, needs: NDArray[np.float64], boost: float) -> NDArray[np.float64]:
-        """`reaches`, times `boost` where the need of the tree is not met before: [most nodes, trees].
+        """`columns`, times `boost` where the need of the tree is not met before: [most nodes, trees].
 
-        Falls along a column as `reaches` does.
+        Falls along a column as `columns` does.
         """
-        before = 1 + np.cumsum(self.reaches, 0) - self.reaches
-        found: NDArray[np.float64] = self.reaches * np.where(before < needs, boost, 1.0)
+        before = 1 + np.cumsum(self.columns, 0) - self.columns
+        found: NDArray[np.float64] = self.columns * np.where(before < needs, boost, 1.0)
         return found
 
     def select(
@@ -115,6 +120,8 @@ class RankedTrees:
         left = budget - len(self)
         if left <= 0 or not self.reaches.size:
             return [[] for _ in range(len(self))]
+        if (needs is None or not policy.serve_needs) and policy.rest == "best":
+            return self._top(left)
         counts = np.zeros(len(self), np.int64)
         if policy.serve_needs and needs is not None:
             counts = self._serve(left, budget, np.asarray(needs, float), policy)
@@ -128,6 +135,21 @@ class RankedTrees:
             for nodes, take in zip(self.nodes.tolist(), counts.tolist(), strict=True)
         ]
 
+    def _top(self, count: int) -> list[list[int]]:
+        """The best `count` nodes over all trees."""
+        if count >= len(self._order):
+            return [list(range(size)) for size in self.sizes.tolist()]
+        chosen = np.sort(self._order[:count]).tolist()
+        if len(self) == 1:
+            return [chosen]
+        found: list[list[int]] = []
+        first = place = 0
+        for size in self.sizes.tolist():
+            end = bisect_left(chosen, first + size, place)
+            found.append([node - first for node in chosen[place:end]])
+            first, place = first + size, end
+        return found
+
     def _serve(
         self, left: int, budget: int, needs: NDArray[np.float64], policy: SelectionPolicy
     ) -> NDArray[np.int64]:
@@ -136,9 +158,8 @@ class RankedTrees:
         if policy.cap:
             wanted = np.minimum(wanted, int(policy.cap * budget / len(self)))
         if policy.boost < inf:
-            last = max(0, self.reaches.size - left)
-            floor = np.partition(self.reaches, last, axis=None)[last] / policy.boost
-            wanted = np.minimum(wanted, (self.reaches >= floor).sum(0))
+            floor = self.reaches[min(left, len(self.reaches)) - 1] / policy.boost
+            wanted = np.minimum(wanted, (self.columns >= floor).sum(0))
         order = np.argsort(needs if policy.order == "ascending" else -needs, kind="stable")
         before = np.cumsum(wanted[order]) - wanted[order]
         counts = np.zeros(len(self), np.int64)
@@ -147,8 +168,8 @@ class RankedTrees:
 
     def _best(self, left: int, taken: NDArray[np.int64]) -> NDArray[np.int64]:
         """Second phase: how many of each tree are among the best `left` that are not yet taken."""
-        rank = np.arange(len(self.reaches))[:, None]
-        open_nodes = np.where((rank >= taken) & (rank < self.sizes), self.reaches, -1.0)
+        rank = np.arange(len(self.columns))[:, None]
+        open_nodes = np.where((rank >= taken) & (rank < self.sizes), self.columns, -1.0)
         free = self.sizes - taken
         if left >= int(free.sum()):
             return free
