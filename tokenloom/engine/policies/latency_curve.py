@@ -35,7 +35,7 @@ class LatencyCurve:
     a step during which the machine did something else hardly matters.
     """
 
-    def __init__(self, knots: tuple[int, ...] = KNOTS, window: float = 200.0, refit_every: int = 32) -> None:
+    def __init__(self, knots: tuple[int, ...] = KNOTS, window: float = 200.0, refit_every: int = 64) -> None:
         self._knots = knots
         self._starts = np.array(knots[:-1], float)
         self._widths = np.diff(np.array(knots, float))
