@@ -1,6 +1,7 @@
 """Speculation: that it changes no output, and what it gains.
 
     python bench/speculation.py --model M [--parts replay,story] [--peers openvino,llamacpp] [--results DIR] [--json]
+    python bench/speculation.py --parts story --target DIR --draft DIR[,DIR]    (another pair than the embedded one)
     python bench/speculation.py --quick --json                       (embedded models, under two minutes)
 
 Each part measures its cases in alternating rounds and repeats measurements during which something else used the
@@ -10,7 +11,7 @@ machine. The last line of `--json` is one JSON object with everything; tokens an
                with chunked prompts, prefix cache, tiny pools, cancels, masks and penalties at once
     replay     batch 1 on --model: a proposer that knows the text, by acceptance and shape of tree
     batch16    16 sequences on --model: adaptive speculation against plain decoding, in alternating pairs
-    story      batch 1 on the embedded pair: the draft model, chains and trees
+    story      batch 1 on the embedded pair or --target and --draft: the draft models, chains and trees
     copy       batch 1 on the embedded model: n-gram look-up where the output repeats the prompt
     slo        a simulation of requests with different paces (bench/slo_simulation.py)
 """
@@ -63,6 +64,8 @@ def parse_arguments() -> argparse.Namespace:
         default="",
         help="S, M, L of bench/peers or the directory of a checkpoint (replay, batch16)",
     )
+    add("--target", default="", help="directory of the target of story; the embedded one otherwise")
+    add("--draft", default="", help="directories of its drafts, with commas; the embedded ones otherwise")
     add("--parts", default=",".join(PARTS), help="of " + ",".join(PARTS))
     add("--quick", action="store_true", help="few tokens, one round, on a noisy machine too")
     add("--json", action="store_true", help="print one JSON object as the last line")
@@ -79,6 +82,10 @@ def parse_arguments() -> argparse.Namespace:
     for part in args.parts:
         if part not in PARTS:
             parser.error(f"--parts: {part!r} is not one of {', '.join(PARTS)}")
+    if bool(args.target) != bool(args.draft):
+        parser.error("--target and --draft: one was given without the other")
+    if args.target and "story" not in args.parts:
+        parser.error("--target: only the part story has another target")
     args.rounds = args.rounds or (1 if args.quick else 3)
     args.max_other = (1e9 if args.quick else 0.1) if args.max_other is None else args.max_other
     if args.model:
@@ -90,6 +97,8 @@ def main() -> int:
     args = parse_arguments()
     spec = {
         "model": args.model,
+        "target": args.target,
+        "draft": args.draft,
         "quick": args.quick,
         "threads": args.threads,
         "rounds": args.rounds,

@@ -2,8 +2,8 @@
 
 Boost-tuning after Miao et al., "SpecInfer: Accelerating Large Language Model Serving with Tree-based Speculative
 Inference and Verification" (ASPLOS 2024), section 3: the target writes texts, the tokens that the first draft foresees
-count little or nothing, and the second draft learns the others. Without `--draft` a first one is trained on all tokens
-before. The same seed on the same machine and version of torch gives the same files.
+count little or nothing, and the second draft learns the others. Without `--draft` a first one is trained before, on the
+target's distribution at each token. The same seed on the same machine and version of torch gives the same files.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 from torch.nn import functional
 
 from tools.adapter_texts import build_request
 from tools.draft_coverage import Ranks, accepted, coverage, tokens_per_step, union
 from tools.train_embedded.data import WEIGHT_ONE, Row, encode_document, groups, padded
-from tools.train_embedded.loss import TiedCrossEntropy
+from tools.train_embedded.loss import TiedCrossEntropy, TiedDistillation
 from tools.train_embedded.model import DRAFT, Llama, read_hf, write_hf
 from tools.train_embedded.pairs import SYSTEM_PROMPTS, Turn
 from tools.train_embedded.sample_teacher import BOS, EOS, Teacher, opening, sample_batch
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("sample", "train", "evaluate", "all")
+STAGES = ("sample", "first", "train", "evaluate", "all")
 PARTS = ("training", "held-out")
 GREEDY = 1e-4
 """A temperature so low that the best token is drawn unless another one is as good to three decimals of a logit."""
@@ -46,14 +47,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 class BoostPlan:
     """How many texts the target writes, and how the drafts are trained; `tokens_per_step` counts padding too."""
 
-    texts: int = 3000
+    texts: int = 10000
     held_out: int = 300
     batch: int = 256
     temperature: float = 0.8
-    tokens_per_step: int = 4096
-    first_epochs: int = 6
+    tokens_per_step: int = 2048
+    first_epochs: int = 4
     epochs: int = 3
-    first_rate: float = 3e-3
+    first_rate: float = 1e-2
     rate: float = 2e-3
     hit_weight: float = 0.25
     seed: int = 1
@@ -86,6 +87,7 @@ def check_models(folder: Path, draft: Path | None) -> None:
         raise ValueError(
             f"{draft} has another tokenizer than {folder}; only drafts with the same are supported"
         )
+    read_hf(folder)
 
 
 def end_of(tokenizer: Tokenizer) -> list[int]:
@@ -186,33 +188,74 @@ def missed_rows(texts: Sequence[Text], ranks: Sequence[Ranks], hit_weight: float
     return out
 
 
-def train(model: Llama, rows: list[Row], epochs: int, rate: float, plan: BoostPlan) -> list[float]:
-    """Train in place (AdamW; the rate rises over 5 % of the steps and falls to zero); mean loss of each epoch."""
+class Soft(NamedTuple):
+    """What the target says at every token that counts: `states[i] @ embed.T` are its logits for row i, bf16."""
+
+    states: list[Tensor]
+    embed: Tensor
+
+
+@torch.inference_mode()
+def soft_targets(target: Llama, rows: list[Row]) -> Soft:
+    """The target's final hidden states before each token that counts: 2 * hidden bytes of memory for each."""
+    model = target.to(torch.bfloat16)
+    states: list[Tensor] = [torch.empty(0)] * len(rows)
+    for group in groups(rows, 4096, random.Random(0)):
+        ids, weights = padded(rows, group)
+        counted = weights[:, 1:] > 0
+        found = model(ids[:, :-1], torch.bfloat16)[counted].split(counted.sum(-1).tolist())
+        for index, part in zip(group, found, strict=True):
+            states[index] = part.clone()
+    return Soft(states, model.embed.detach())
+
+
+def make_optimizers(model: Llama) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices and AdamW for the embedding and the norms, both at the rate of the step."""
+    blocks = [p for name, p in model.named_parameters() if p.ndim == 2 and name != "embed"]
+    others = [p for name, p in model.named_parameters() if p.ndim == 1 or name == "embed"]
+    return [
+        torch.optim.Muon(blocks, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.01),
+    ]
+
+
+def train(
+    model: Llama, rows: list[Row], epochs: int, rate: float, plan: BoostPlan, soft: Soft | None = None
+) -> list[float]:
+    """Train in place; the rate rises over 5 % of the steps and falls to zero. The mean loss of each epoch.
+
+    The loss of a token is -log of its probability, with `soft` KL(target || draft).
+    """
     rng = random.Random(f"order-{plan.seed}")
     order = [groups(rows, plan.tokens_per_step, rng) for _ in range(epochs)]
     total, step, start = sum(map(len, order)), 0, time.monotonic()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizers = make_optimizers(model)
     log = []
     for epoch in order:
         losses = []
         for group in epoch:
             rise, fall = (step + 1) / max(1, 0.05 * total), (total - step) / total
-            for settings in optimizer.param_groups:
-                settings["lr"] = rate * min(1.0, rise, fall / 0.95)
             ids, weights = padded(rows, group)
             counted = weights[:, 1:] > 0
             factors = weights[:, 1:][counted].float()
             with torch.autocast("cpu", torch.bfloat16):
                 hidden = model(ids[:, :-1])[counted].bfloat16()
-            embed = model.embed.bfloat16()
-            loss = TiedCrossEntropy.apply(hidden, embed, ids[:, 1:][counted], factors / factors.sum())
+            embed, shares = model.embed.bfloat16(), factors / factors.sum()
+            if soft is None:
+                loss = TiedCrossEntropy.apply(hidden, embed, ids[:, 1:][counted], shares)
+            else:
+                states = torch.cat([soft.states[index] for index in group])
+                loss = TiedDistillation.apply(hidden, embed, states, soft.embed, shares)
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
                 raise RuntimeError(f"loss is {losses[-1]} at step {step}")
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                for settings in optimizer.param_groups:
+                    settings["lr"] = rate * min(1.0, rise, fall / 0.95)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             step += 1
         log.append(round(sum(losses) / len(losses), 4))
         print(f"step {step}/{total}: loss {log[-1]}, {time.monotonic() - start:.0f} s", flush=True)
@@ -234,7 +277,7 @@ def measure(texts: Sequence[Text], first: list[Ranks], second: list[Ranks]) -> d
     chains = [[accepted(ranks, DEPTH) for ranks in draft] for draft in (first, second)]
     twin = [accepted(ranks, DEPTH, width=2) for ranks in first]
     facts = {"texts": float(len(texts)), "tokens": float(sum(len(text.text) for text in texts))}
-    for k in (1, 2, 3, 6):
+    for k in (1, 2, 3, 5):
         for name, ranks in (("first", first), ("second", second), ("both", both)):
             facts[f"{name} top-{k}"] = coverage(ranks, k)
     facts["steps: chain of first"] = tokens_per_step(chains[:1])
@@ -255,23 +298,35 @@ def first_draft(args: argparse.Namespace) -> Path:
     return args.draft if args.draft is not None else args.work / "draft"
 
 
+def stage_first(args: argparse.Namespace) -> None:
+    """Train the first draft on what the target says, and write it; nothing where one is given."""
+    if args.draft is not None:
+        return
+    plan: BoostPlan = args.plan
+    rows = rows_of(read_texts(args.work, "training"))
+    config = json.loads((args.target / "config.json").read_text())
+    shape = replace(DRAFT, vocab=config["vocab_size"], context=config["max_position_embeddings"])
+    model, soft = Llama(shape, plan.seed), soft_targets(read_hf(args.target), rows)
+    losses = train(model, rows, plan.first_epochs, plan.first_rate, plan, soft)
+    write_draft(model, args.target, first_draft(args))
+    write_log(args.work / "first.json", plan, loss=losses)
+
+
 def stage_train(args: argparse.Namespace) -> None:
-    """Train the first draft unless it is given, then the second one from it, and write them."""
+    """Train the second draft from the first one, on what that misses, and write it."""
     plan: BoostPlan = args.plan
     texts = read_texts(args.work, "training")
-    log: dict[str, Any] = {"plan": asdict(plan)}
-    if args.draft is None:
-        config = json.loads((args.target / "config.json").read_text())
-        shape = replace(DRAFT, vocab=config["vocab_size"], context=config["max_position_embeddings"])
-        model = Llama(shape, plan.seed)
-        log["first"] = train(model, rows_of(texts), plan.first_epochs, plan.first_rate, plan)
-        write_draft(model, args.target, first_draft(args))
     model = read_hf(first_draft(args))
     rows = missed_rows(texts, ranks_of(model, texts), plan.hit_weight)
-    log["missed"] = sum(w == WEIGHT_ONE for _, weights in rows for w in weights)
-    log["second"] = train(model, rows, plan.epochs, plan.rate, plan)
+    missed = sum(w == WEIGHT_ONE for _, weights in rows for w in weights)
+    losses = train(model, rows, plan.epochs, plan.rate, plan)
     write_draft(model, args.target, args.out)
-    (args.work / "training.json").write_text(json.dumps(log, indent=2) + "\n")
+    write_log(args.work / "training.json", plan, missed=missed, loss=losses)
+
+
+def write_log(path: Path, plan: BoostPlan, **facts: Any) -> None:
+    """Write how a draft was trained."""
+    path.write_text(json.dumps({"plan": asdict(plan), **facts}, indent=2) + "\n")
 
 
 def stage_evaluate(args: argparse.Namespace) -> None:
@@ -296,6 +351,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--draft", type=Path, help="folder of the first draft; without it one is trained")
     out.add_argument("--out", type=Path, required=True, help="folder of the second draft")
     out.add_argument("--work", type=Path, default=Path("boost-work"), help="folder of intermediate files")
+    out.add_argument("--texts", type=int, help=f"texts of the training ({BoostPlan.texts})")
     out.add_argument("--hit-weight", type=float, help="weight of the tokens that the first draft foresees")
     out.add_argument(
         "--quick", action="store_true", help="a few texts and steps: seconds, and useless drafts"
@@ -308,6 +364,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one stage, or all of them in order."""
     args = parser().parse_args(arguments)
     args.plan = QUICK if args.quick else BoostPlan()
+    if args.texts is not None:
+        if args.texts < 2:
+            raise ValueError(f"--texts is {args.texts}; it must be at least 2")
+        args.plan = replace(args.plan, texts=args.texts)
     if args.hit_weight is not None:
         if not 0.0 <= args.hit_weight <= 1.0:
             raise ValueError(f"--hit-weight is {args.hit_weight}; it must be in [0, 1]")

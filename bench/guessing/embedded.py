@@ -1,6 +1,6 @@
-"""Parts `story` and `copy`: real proposers on the embedded models, batch 1.
+"""Parts `story` and `copy`: real proposers on the embedded models, `story` on any pair that tells stories, batch 1.
 
-Both models lie in the processor's caches here, so a verified row is not free: tokens of a target step, and the
+Both embedded models lie in the processor's caches here, so a verified row is not free: tokens of a target step, and the
 draft's share of the time, say more about other models than the speed-up does.
 """
 
@@ -23,17 +23,26 @@ from tokenloom.runtime.adapter_host import offer_adapter
 from tokenloom.serving.assembly import EngineParts, open_library
 
 NOUNS = "dog cat bird ball tree boat king queen fox bear lake hill star cake hat shoe frog duck horse house".split()
+OPENINGS = (
+    "Once upon a time, there was a {} who had a {}.",
+    "One day, a {} saw a {}.",
+    "Once there was a little {}. It wanted a {}.",
+)
 DEPTH = 4
 
 
 def stories(parts: EngineParts, count: int, num_output: int) -> list[Request]:
-    """Requests for stories, half of them greedy, half sampled."""
+    """Requests for stories, of a model without a chat template their openings; half greedy, half sampled."""
     rng = random.Random(3)
+    tokenizer = parts.tokenizer
     found = []
     for number in range(count):
-        one, two = rng.sample(NOUNS, 2)
-        messages = [{"role": "user", "content": f"Tell me a story about a {one} and a {two}."}]
-        prompt = parts.tokenizer.encode(parts.tokenizer.render_chat(messages), add_special_tokens=False)
+        nouns = rng.sample(NOUNS, 2)
+        if tokenizer.chat_template is None:
+            prompt = tokenizer.encode(OPENINGS[number // 2 % len(OPENINGS)].format(*nouns))
+        else:
+            messages = [{"role": "user", "content": "Tell me a story about a {} and a {}.".format(*nouns)}]
+            prompt = tokenizer.encode(tokenizer.render_chat(messages), add_special_tokens=False)
         params = SamplingParams(
             temperature=0.8 * (number % 2), top_p=0.95, seed=number, max_tokens=num_output
         )
@@ -42,10 +51,12 @@ def stories(parts: EngineParts, count: int, num_output: int) -> list[Request]:
 
 
 def measure_story(spec: dict[str, Any]) -> dict[str, Any]:
-    """The embedded draft before the embedded target: as it would run, as a chain and as a tree."""
+    """The drafts before their target, the embedded ones unless `spec` names others: as they would run, as chains of
+    each draft and as trees."""
     count, num_output = (4, 64) if spec["quick"] else (24, 160)
     served: dict[str, list[Served]] = {}
-    with engine_parts(spec, speculate=("draft",), prefix_cache=False) as parts:
+    pair = {"model": spec["target"], "draft_model": spec["draft"]} if spec["target"] else {}
+    with engine_parts(spec, speculate=("draft",), prefix_cache=False, **pair) as parts:
         engine = parts.engine
         requests = stories(parts, count, num_output)
         proposers = [source.proposer for source in engine.speculator.sources]

@@ -51,3 +51,34 @@ def test_unknown_parts_are_refused_by_name(repository: Path) -> None:
     shown = run(repository, "--parts", "replay,nothing")
     assert shown.returncode == 2
     assert "nothing" in shown.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(extension.missing()), reason="the numpy reference would take minutes")
+def test_stories_of_another_pair(repository: Path, shared_data: Path) -> None:
+    """A model without a chat template, with itself as its draft: every guess is right."""
+    model = str(shared_data / "models" / "hf" / "stories3M")
+    shown = run(
+        repository, "--quick", "--json", "--parts", "story", "--target", model, "--draft", f"{model},{model}"
+    )
+    assert shown.returncode == 0, shown.stderr
+    found: dict[str, Any] = json.loads(shown.stdout.splitlines()[-1])
+    assert found["setting"]["target"] == model
+    medians = found["parts"]["story"]["medians"]
+    assert medians["plain"]["tokens_per_step"] == 1
+    assert medians["chain"]["tokens_per_step"] > 4
+    assert medians["tree"]["tokens_per_step"] > 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--target", "some"), "one was given without the other"),
+        (("--draft", "some"), "one was given without the other"),
+        (("--target", "some", "--draft", "other", "--parts", "copy"), "only the part story"),
+    ],
+)
+def test_half_a_pair_is_refused_by_name(repository: Path, arguments: tuple[str, ...], named: str) -> None:
+    shown = run(repository, *arguments)
+    assert shown.returncode == 2
+    assert "--target" in shown.stderr and named in shown.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -138,6 +139,34 @@ def test_what_the_first_draft_foresees_counts_less() -> None:
         boost_draft.missed_rows([other], ranks[1:], 0.3)
 
 
+def test_the_first_draft_learns_the_distribution_of_the_target(
+    embedded_model: Path, texts: list[boost_draft.Text]
+) -> None:
+    rows = boost_draft.rows_of(texts[:4] + texts[-4:])
+    soft = boost_draft.soft_targets(read_hf(embedded_model), rows)
+    draft = read_hf(embedded_model.parent / "draft")
+    oracles = [
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for folder in (embedded_model, embedded_model.parent / "draft")
+    ]
+    total, count = 0.0, 0
+    for (ids, weights), states in zip(rows, soft.states, strict=True):
+        said = weights.index(WEIGHT_ONE) - 1
+        with torch.inference_mode():
+            wanted, guessed = (
+                torch.log_softmax(oracle(torch.tensor([ids])).logits[0, said:-1], -1) for oracle in oracles
+            )
+        found = torch.log_softmax((states @ soft.embed.t()).float(), -1)
+        assert found.shape == wanted.shape
+        assert (found.exp() - wanted.exp()).abs().sum(-1).mean() < 0.05  # bf16
+        total += float(torch.nn.functional.kl_div(guessed, wanted, reduction="sum", log_target=True))
+        count += len(wanted)
+    whole = replace(PLAN, tokens_per_step=len(rows) * max(len(ids) for ids, _ in rows))
+    assert boost_draft.train(draft, rows, 1, 0.0, whole, soft) == [pytest.approx(total / count, rel=0.03)]
+    losses = boost_draft.train(draft, rows, 12, 0.01, whole, soft)
+    assert losses[-1] < 0.8 * losses[0]
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_the_quick_mode_runs_every_stage_and_repeats(
     given: bool, embedded_model: Path, tmp_path: Path
@@ -155,7 +184,8 @@ def test_the_quick_mode_runs_every_stage_and_repeats(
         assert facts["both top-1"] >= max(facts["first top-1"], facts["second top-1"])
         assert facts["first top-1"] <= facts["first top-2"] <= facts["first top-3"]
         assert 1.0 <= facts["steps: chain of first"] <= facts["steps: chain of each"]
-    assert (tmp_path / "one" / "work" / "draft").exists() != given
+    for name in ("draft", "first.json"):
+        assert (tmp_path / "one" / "work" / name).exists() != given
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "out")
 
 
@@ -170,6 +200,12 @@ def test_the_target_of_another_kind_is_refused_by_name(embedded_model: Path, tmp
         boost_draft.main(["all", "--draft", str(tmp_path), "--out", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="hit-weight"):
         boost_draft.main(["all", "--out", str(tmp_path / "out"), "--hit-weight", "1.5"])
+    with pytest.raises(ValueError, match="texts is 1"):
+        boost_draft.main(["all", "--out", str(tmp_path / "out"), "--texts", "1"])
+    shutil.copyfile(embedded_model / "tokenizer.json", tmp_path / "tokenizer.json")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_scaling": {"factor": 2.0}}))
+    with pytest.raises(ValueError, match="rope_scaling"):
+        boost_draft.main(["all", "--target", str(tmp_path), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
     for name, value in (("hidden_act", "gelu"), ("rope_scaling", {"factor": 2.0}), ("attention_bias", True)):
         (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))

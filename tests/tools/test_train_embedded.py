@@ -157,9 +157,10 @@ def test_distillation_begins_at_its_step(tmp_path: Path) -> None:
 
 def test_losses_equal_autograd() -> None:
     torch.manual_seed(0)
-    hidden, embed = torch.randn(7, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
-    taught, table = torch.randn(7, 4), torch.randn(11, 4)
-    targets, weights = torch.randint(0, 11, (7,)), torch.rand(7)
+    count = 2 * loss.CHUNK + 7
+    hidden, embed = torch.randn(count, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    taught, table = torch.randn(count, 4), torch.randn(11, 4)
+    targets, weights = torch.randint(0, 11, (count,)), torch.rand(count)
     log_p = torch.log_softmax(hidden @ embed.t(), -1)
     plain = (torch.nn.functional.nll_loss(log_p, targets, reduction="none") * weights).sum()
     share = torch.log_softmax(taught @ table.t(), -1)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 2048
+CHUNK = 128
 
 
 class TiedCrossEntropy(torch.autograd.Function):
