@@ -1,7 +1,8 @@
 """Speculation: that it changes no output, and what it gains.
 
-    python bench/speculation.py --model M [--parts replay,story] [--peers openvino,llamacpp] [--results DIR] [--json]
+    python bench/speculation.py --model M [--parts replay,story] [--json]
     python bench/speculation.py --parts story --target DIR --draft DIR[,DIR]    (another pair than the embedded one)
+    python bench/speculation.py --parts none --peers openvino,llamacpp --json   (after bench/peers/install.py)
     python bench/speculation.py --quick --json                       (embedded models, under two minutes)
 
 Each part measures its cases in alternating rounds and repeats measurements during which something else used the
@@ -14,6 +15,8 @@ machine. The last line of `--json` is one JSON object with everything; tokens an
     story      batch 1 on the embedded pair or --target and --draft: the draft models, chains and trees
     copy       batch 1 on the embedded model: n-gram look-up where the output repeats the prompt
     slo        a simulation of requests with different paces (bench/slo_simulation.py)
+
+With --peers, stories and copies are also measured beside other engines that guess (guessing/peers.py).
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 
 import machine
 import variants
-from guessing import embedded, equality, replay
+from guessing import embedded, equality, peer_engines, peers, replay
 
 PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "equal": equality.measure_equal,
@@ -50,6 +53,8 @@ KEYS = {
     "tree_over_chain": "story",
     "slo_violation_ratio": "slo",
     "goodput_ratio": "slo",
+    "story_over_peers": "peers",
+    "copy_over_peers": "peers",
 }
 """The figures that are asked for most, and the part that each comes from."""
 
@@ -67,6 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--target", default="", help="directory of the target of story; the embedded one otherwise")
     add("--draft", default="", help="directories of its drafts, with commas; the embedded ones otherwise")
     add("--parts", default=",".join(PARTS), help="of " + ",".join(PARTS))
+    add("--peers", default="none", help="none or of " + ",".join(peer_engines.ENGINES))
     add("--quick", action="store_true", help="few tokens, one round, on a noisy machine too")
     add("--json", action="store_true", help="print one JSON object as the last line")
     add("--tokens", type=Path, default=Path("bench/results/speculation-tokens.jsonl"))
@@ -86,6 +92,12 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--target and --draft: one was given without the other")
     if args.target and "story" not in args.parts:
         parser.error("--target: only the part story has another target")
+    args.peers = [] if args.peers == "none" else args.peers.split(",")
+    for name in args.peers:
+        if name not in peer_engines.ENGINES:
+            parser.error(f"--peers: {name!r} is not one of {', '.join(peer_engines.ENGINES)}")
+        if missing := peer_engines.missing(name):
+            parser.error(f"--peers: {name} is not installed (bench/peers/install.py does): no {missing}")
     args.rounds = args.rounds or (1 if args.quick else 3)
     args.max_other = (1e9 if args.quick else 0.1) if args.max_other is None else args.max_other
     if args.model:
@@ -113,6 +125,9 @@ def main() -> int:
     for part in args.parts:
         print(f"{time.strftime('%H:%M:%S')} {part}", file=sys.stderr, flush=True)
         parts[part] = PARTS[part](spec)
+    if args.peers:
+        print(f"{time.strftime('%H:%M:%S')} peers", file=sys.stderr, flush=True)
+        parts["peers"] = peers.measure_peers(spec, args.peers)
     summary = {key: parts.get(part, {}).get(key) for key, part in KEYS.items()}
     for key, value in summary.items():
         print(f"{key}: {value if value is None or isinstance(value, bool) else f'{value:.3f}'}")

@@ -26,14 +26,17 @@ UBATCH = 512
 
 
 class Backend:
-    """A llama-server of our own on a free port. `options["server"]` is the program."""
+    """A llama-server of our own on a free port. `options["server"]` is the program; `parallel`, `context` and more
+    arguments (`extra`) may be there too."""
 
     def __init__(self, engine: Engine) -> None:
         self._server = str(engine.options["server"])
         self._port = free_port()
         threads = str(engine.threads)
         command = [self._server, "-m", engine.model, "-t", threads, "-tb", threads]
-        command += ["-np", str(PARALLEL), "-c", str(CONTEXT), "-kvu", "-b", "2048", "-ub", str(UBATCH)]
+        parallel = str(engine.options.get("parallel", PARALLEL))
+        context = str(engine.options.get("context", CONTEXT))
+        command += ["-np", parallel, "-c", context, "-kvu", "-b", "2048", "-ub", str(UBATCH)]
         command += ["-fa", "auto", "--host", "127.0.0.1", "--port", str(self._port), "--no-webui", "-lv", "1"]
         command += [str(option) for option in engine.options.get("extra", [])]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -64,6 +67,10 @@ class Backend:
             "return_tokens": True,
             "stream": False,
         }
+        return [int(token) for token in self.complete(body)["tokens"]]
+
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        """What `/completion` answers. Raises RuntimeError for any other status than 200."""
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=3600)
         connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
@@ -71,7 +78,7 @@ class Backend:
         connection.close()
         if response.status != 200:
             raise RuntimeError(f"llama-server answered {response.status}: {str(answer)[:300]}")
-        return [int(token) for token in answer["tokens"]]
+        return answer
 
     def generate(self, requests: list[Request]) -> list[list[int]]:
         outputs: list[list[int] | Exception] = [[] for _ in requests]
