@@ -169,19 +169,19 @@ def loaded(name: str) -> tuple[ModelConfig, Program, dict[str, NDArray[Any]]]:
     return model.config, model.program, model.weights
 
 
-def ours(name: str, numerics: Numerics) -> LocalExecutor:
+def ours(name: str, numerics: Numerics, num_pages: int = 20, num_threads: int = 2) -> LocalExecutor:
     """Built from the files that transformers writes."""
     config, program, weights = loaded(name)
     return LocalExecutor(
         program,
         prepared(program, weights, numerics),
         rope_tables(config),
-        num_frames=20,
+        num_frames=num_pages,
         frame_bytes=page_bytes_of(program, numerics),
         pages_per_frame=1,
         dtype=numerics.dtype,
         kv_dtype=numerics.kv_dtype,
-        num_threads=2,
+        num_threads=num_threads,
         kernels=numerics.kernels,
         isa=numerics.isa,
     )

@@ -27,6 +27,7 @@ COLUMNS = {
     "cache": "prefix cache",
     "outputs": "scores, embeddings",
     "adapters": "adapters",
+    "speculation": "speculation",
 }
 
 
