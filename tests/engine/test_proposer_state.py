@@ -6,7 +6,7 @@ import pytest
 
 from tests.engine.helpers import request
 from tokenloom.engine.prefix_cache import root_digest
-from tokenloom.engine.proposer_state import REST, ProposerState, learn_levels
+from tokenloom.engine.proposer_state import LONGEST_REST, REST, ProposerState, learn_levels
 from tokenloom.engine.sequence import Sequence
 from tokenloom.engine.token_tree import TokenTree
 from tokenloom.speculation.replay import ReplayProposer
@@ -24,8 +24,9 @@ def sequence(name: str) -> Sequence:
 def taught(source: ProposerState, values: list[float], rows: list[int], steps: int = 300) -> ProposerState:
     """`steps` steps of ten requests."""
     for _ in range(steps):
-        source.asked = source.known = len(values)
-        source.learn(values, rows, 10)
+        source.asks(len(values), 10)
+        source.known = len(values)
+        source.learn(values, rows)
     return source
 
 
@@ -53,8 +54,9 @@ def test_a_try_counts_for_more() -> None:
     """A draft that was off, or a level more than usual, is asked for too seldom to learn at the usual rate."""
     usual, tried = taught(state(), [5, 5], [10, 10]), taught(state(), [5, 5], [10, 10])
     for source, known in ((usual, 2), (tried, 1)):
-        source.asked, source.known = 2, known
-        source.learn([10, 10], [10, 10], 10)
+        source.asks(2, 10)
+        source.known = known
+        source.learn([10, 10], [10, 10])
     assert tried.levels(2)[0][0] == usual.levels(2)[0][0]
     assert tried.levels(2)[0][1] > usual.levels(2)[0][1] + 0.03
 
@@ -68,25 +70,49 @@ def test_a_rest_beside_prompts_is_short() -> None:
 
 
 def test_tokens_that_a_need_asks_for_count_more_and_empty_trees_count_too() -> None:
-    """Four requests were asked for. A node that both proposers suggested counts for each."""
+    """Four requests were asked for. A node that both proposers suggested is the first one's."""
     sources = [state(), state(), state()]
     for source, asked in zip(sources, (2, 1, 0), strict=True):
         source.asked = source.known = asked
+        source.requests = 4
     behind, easy = sequence("behind"), sequence("easy")
-    first, both = ((0, 0, 0.5),), ((0, 0, 0.5), (1, 0, 0.5))
+    first, second = ((0, 0, 0.5),), ((1, 0, 0.5),)
+    both = first + second
     trees = {
         behind: TokenTree([5, 6, 7], [-1, 0, -1], [0.5] * 3, [both, first, first]),
-        easy: TokenTree([5], [-1], [0.5], [first]),
+        easy: TokenTree([5, 6], [-1, -1], [0.5] * 2, [first, second]),
     }
-    seen: list[tuple[list[float], list[int], int]] = []
+    seen: list[tuple[list[float], list[int]]] = []
     for source in sources:
         source.learn = lambda *found: seen.append(found)  # type: ignore[method-assign,misc,assignment]
-    learn_levels(sources, trees, {behind: [0, 1], easy: [0]}, {behind: 1.5, easy: 0.5}, 2.0, 4)
+    learn_levels(sources, trees, {behind: [0, 1], easy: [1]}, {behind: 1.5, easy: 0.5}, 2.0)
     # The need of 1.5 asks for the token at depth 1 beside the root's, and for no more.
-    assert seen == [([3.0, 1.0], [3, 1], 4), ([2.0], [1], 4)]
+    assert seen == [([2.0, 1.0], [3, 1]), ([1.0], [1])]
 
 
 def test_a_step_in_which_nobody_was_asked_teaches_nothing() -> None:
     source = state()
-    learn_levels([source], {}, {}, {}, 2.0, 0)
+    learn_levels([source], {}, {}, {}, 2.0)
     assert source.levels(2)[0] == pytest.approx([0.6, 0.36])
+
+
+def test_a_rest_grows_with_each_one_and_ends_with_what_pays() -> None:
+    source = state()
+    for expected in (REST, 2 * REST, 4 * REST, LONGEST_REST, LONGEST_REST):
+        source.pause(is_long=True)
+        assert [source.rests() for _ in range(expected)] == [True] * (expected - 1) + [False]
+    source.asks(2, 1)
+    source.pause(is_long=True)
+    assert [source.rests() for _ in range(REST)] == [True] * (REST - 1) + [False]
+
+
+def test_a_call_after_a_rest_says_nothing_of_the_costs() -> None:
+    source = state()
+    for seconds in (9.0, 0.25, 0.25):
+        source.asks(2, 1)
+        source.took(2, seconds)
+    assert source.costs(2)[2] == 0.25
+    source.pause(is_long=True)
+    source.asks(2, 1)
+    source.took(2, 9.0)
+    assert source.costs(2)[2] == 0.25

@@ -14,8 +14,17 @@ from tokenloom.engine.token_tree import TokenTree
 REST = 16
 """Steps for which a proposer that does not pay is left alone: asking whether it does costs something too."""
 
+LONGEST_REST = 64
+"""The same for one that is found not to pay again and again."""
+
+FIRST_TRIAL = 16
+"""Steps in which a new proposer is asked whatever is expected of it."""
+
 LOOK_DEEPER = 8
 """Calls after which a proposer is asked for a level more than seems to pay."""
+
+TRY_MEMORY = 64.0
+"""Observations that all earlier ones count for where a proposer that does not pay is tried: the text may be another."""
 
 _PRIOR: Final = 0.6
 _SHARE: Final = 0.03
@@ -27,15 +36,18 @@ class ProposerState:
 
     def __init__(self, proposer: Proposer) -> None:
         self.proposer = proposer
-        self.gate = DraftGate()
+        self.gate = DraftGate(first_trial=FIRST_TRIAL)
         self.calls = 0
         self._costs: dict[int, float] = {}
         self.failed = False
-        self._rest = REST
+        self._rest = self._next_rest = REST
+        self._is_warm = False
         self.rested = 0
         """Steps since it was last found not to pay; 0: it pays, as far as is known."""
         self.asked = 0
         """Levels that it was asked for in this step; 0: it was not asked."""
+        self.requests = 0
+        """Sequences that it was asked for last."""
         self.known = 0
         """How many of those are asked for all the time. The others are tries, which are rare: they count for more, or a
         draft that has become good would stay off for long."""
@@ -53,11 +65,27 @@ class ProposerState:
         """It does not pay in this step, which is the first of a rest. One that is not `is_long` ends with it: beside
         the rows of prompts every row costs, and the next step may be another matter."""
         self.rested = 1
-        self._rest = REST if is_long else 1
+        self._rest = self._next_rest if is_long else 1
+        if is_long:
+            self._next_rest = min(2 * self._next_rest, LONGEST_REST)
+
+    def asks(self, depth: int, requests: int) -> None:
+        """It is asked for `depth` levels for `requests` sequences in this step, at least one of each."""
+        self.calls += 1
+        self._is_warm = self._is_warm and not self.rested
+        self.rested = 0
+        self.asked = depth
+        self.requests = requests
+        if not self.gate.is_trying:
+            self._next_rest = REST
 
     def took(self, levels: int, seconds: float) -> None:
         """A call for `levels` levels took `seconds`. Calls in which a draft model reads a prompt take much longer:
-        so what is less than usual counts for more."""
+        so what is less than usual counts for more, and the first call after a rest, which catches up with what came
+        meanwhile, does not count."""
+        if not self._is_warm:
+            self._is_warm = True
+            return
         usual = self._costs.get(levels, seconds)
         self._costs[levels] = usual + (0.5 if seconds < usual else 0.05) * (seconds - usual)
         for fewer in self._costs:
@@ -86,17 +114,16 @@ class ProposerState:
             rows.append(rows[-1])
         return values, rows
 
-    def learn(self, values: Seq[float], rows: Seq[int], requests: int) -> None:
-        """The levels that were asked for in this step (at least one) brought `values` and took `rows`, of all
-        `requests` (at least one) together."""
+    def learn(self, values: Seq[float], rows: Seq[int]) -> None:
+        """The levels that were asked for in this step brought `values` and took `rows`, of all requests together."""
         depth = len(values)
         most = max(depth, len(self._values))
         self._values, self._rows = self.levels(most)
         last = self._values[depth - 1]
         for level in range(depth):
             share = _SHARE if level < self.known else _TRY_SHARE
-            self._values[level] += (values[level] / requests - self._values[level]) * share
-            self._rows[level] += (rows[level] / requests - self._rows[level]) * share
+            self._values[level] += (values[level] / self.requests - self._values[level]) * share
+            self._rows[level] += (rows[level] / self.requests - self._rows[level]) * share
         # What was not drafted keeps its share of the last level that was.
         for level in range(depth, most):
             self._values[level] *= self._values[depth - 1] / last if last > 0 else 0.0
@@ -108,12 +135,12 @@ def learn_levels(
     accepted: Mapping[Sequence, Seq[int]],
     needs: Mapping[Sequence, float],
     boost: float,
-    requests: int,
 ) -> None:
     """Tell `sources` what the levels that they were asked for in this step brought, and in how many rows.
 
-    Of all `requests` that they were asked for, those of `trees` had something verified; `accepted` are the nodes that
-    became tokens. A token within what a request needs counts `boost` times.
+    Of the requests that they were asked for, those of `trees` had something verified; `accepted` are the nodes that
+    became tokens. A token within what a request needs counts `boost` times. What several suggested is the first one's:
+    the others would not have been missed.
     """
     if not any(source.asked for source in sources):
         return
@@ -122,13 +149,11 @@ def learn_levels(
     for seq, tree in trees.items():
         depths = tree.depths()
         for depth, features in zip(depths, tree.features, strict=True):
-            for number, _, _ in features:
-                rows[number][depth - 1] += 1
+            rows[features[0][0]][depth - 1] += 1
         need = needs.get(seq, 0.0)
         for node in accepted.get(seq, ()):
             depth = depths[node]
-            for number, _, _ in tree.features[node]:
-                values[number][depth - 1] += boost if need > depth else 1.0
+            values[tree.features[node][0][0]][depth - 1] += boost if need > depth else 1.0
     for source, brought, verified in zip(sources, values, rows, strict=True):
         if source.asked:
-            source.learn(brought, verified, requests)
+            source.learn(brought, verified)

@@ -20,6 +20,7 @@ from tokenloom.engine.plan import PlaceCounts, Plan, StepSpeculation
 from tokenloom.engine.policies.acceptance import AcceptanceTable
 from tokenloom.engine.policies.latency_curve import LatencyCurve
 from tokenloom.engine.policies.pace import (
+    TRIAL_REQUESTS,
     Needs,
     Pace,
     ShapeRule,
@@ -29,7 +30,7 @@ from tokenloom.engine.policies.pace import (
 )
 from tokenloom.engine.policies.tree_selection import FULL, RankedTrees, SelectionPolicy
 from tokenloom.engine.proposer import Proposal, Proposer, Wanted
-from tokenloom.engine.proposer_state import LOOK_DEEPER, REST, ProposerState, learn_levels
+from tokenloom.engine.proposer_state import LOOK_DEEPER, REST, TRY_MEMORY, ProposerState, learn_levels
 from tokenloom.engine.request import Request
 from tokenloom.engine.scheduler import Scheduler
 from tokenloom.engine.sequence import Sequence
@@ -222,7 +223,9 @@ class Speculator:
             if depth == 0:
                 source.pause(is_long=plan.num_rows == len(self._decoding))
                 continue
-            source.rested = 0
+            # What comes of it in a few requests says enough of one that is only tried.
+            some = wanted[-TRIAL_REQUESTS:] if source.gate.is_trying else wanted
+            source.asks(depth, len(some))
             asked = [
                 Wanted(
                     seq,
@@ -231,7 +234,7 @@ class Speculator:
                     width,
                     seq in shares,
                 )
-                for seq in wanted
+                for seq in some
             ]
             before = self._clock.now()
             try:
@@ -243,9 +246,12 @@ class Speculator:
                 continue
             seconds = self._clock.now() - before
             self._asked_seconds += seconds
-            source.took(depth, seconds)
-            source.asked = depth
-            for part, tree in zip(parts, trees, strict=True):
+            if len(some) == len(wanted):
+                source.took(depth, seconds)
+            for part, tree in zip(parts[-len(some) :], trees, strict=True):
+                if source.gate.is_trying:
+                    # By what is known of it nothing would be verified, and that would never change.
+                    tree.reaches[:] = [1.0] * len(tree)
                 part.append(tree)
         merged = [_best(merge(part), self.limits.max_nodes) for part in parts]
         self._propose_seconds = self._clock.now() - began
@@ -270,9 +276,10 @@ class Speculator:
             steps=max(source.rested, 1),
             price=self.price.rate,
         )
-        source.known = 0 if source.rested else depth
-        source.calls += depth > 0
-        if depth and source.calls % LOOK_DEEPER == 0:
+        source.known = 0 if source.gate.is_trying else depth
+        if source.gate.is_trying:
+            self.chances.fade(number, TRY_MEMORY)
+        elif depth and source.calls % LOOK_DEEPER == 0:
             # How often a level comes true is only learned where it is drafted.
             depth = min(depth + 1, most)
         return depth, width
@@ -376,7 +383,7 @@ class Speculator:
         if plan.trees:
             self._count(plan, accepted, seconds)
         if self.limits.pace == "adaptive":
-            learn_levels(self.sources, plan.trees, accepted, needs, self._boost, len(self._wanted))
+            learn_levels(self.sources, plan.trees, accepted, needs, self._boost)
         if plan.trees or self.stats.skipped % REST == 0 or not self.curve.known:
             self.curve.observe(plan.num_rows, self._keys, seconds)
         worth = 0.0

@@ -21,6 +21,12 @@ from tokenloom.engine.policies.tree_selection import RankedTrees
 _KEEP: Final = 0.95
 
 
+TRIAL_STEPS: Final = 4
+TRIAL_DEPTH: Final = 4
+TRIAL_REQUESTS: Final = 2
+"""Steps in a row in which a draft that does not pay is tried, levels of each, and requests for which it is."""
+
+
 @dataclass(slots=True)
 class Pace:
     """How far a request is against its SLO of `tpot` seconds per token (inf: none, best effort).
@@ -188,13 +194,19 @@ def choose_budget(
 class DraftGate:
     """How deep it pays to draft, decided before drafting; 0 where it does not pay.
 
-    A draft that is off learns nothing, so it is tried again from time to time: as often as keeps the cost of trying
-    within `probe_share` of the time.
+    A draft that is off learns nothing, so it is tried again from time to time: for a few of the requests, some levels
+    deep, in some steps in a row. How often deep levels are taken is only learned from deep ones, and the first call
+    after a pause says little of what the next would cost. It is tried as often as keeps the cost of trying within
+    `probe_share` of the time. A new draft is tried in its first `first_trial` steps whatever is expected of it.
     """
 
-    def __init__(self, probe_share: float = 0.005) -> None:
+    def __init__(self, probe_share: float = 0.005, first_trial: int = 0) -> None:
         self._probe_share = probe_share
         self._off_seconds = 0.0
+        self._trial = first_trial
+        self.is_trying = False
+        """Whether the last depth was not expected to pay: what is drafted then has to be verified, or nothing is
+        learned."""
 
     def depth(
         self,
@@ -215,16 +227,14 @@ class DraftGate:
         drafting (or, as a sequence, drafting to each depth from 0 on costs so much) and `rows` of the target per
         request (one, if not given: selection leaves out what is not worth it, so that it may be less); `steps` have
         passed since the last call. The depth whose tokens are worth most above its seconds at `price` is taken, or
-        with a price of 0 the one with the most tokens a second; a curve that knows nothing yet asks for one level,
-        which teaches it.
+        with a price of 0 the one with the most tokens a second. A curve that knows nothing yet is taught by trying.
         """
+        self.is_trying = False
         if not gains or requests < 1:
             return 0
-        if not curve.known:
-            return 1
         # Numbers one by one: an array operation costs more than a handful of levels.
         base = requests + other_rows
-        plain = first = curve.seconds(base, keys)
+        plain = tried = curve.seconds(base, keys)
         best, best_value = 0, requests - price * plain if price else 1 / max(plain, 1e-9)
         tokens, nodes = 1.0, 0.0
         for level, gain in enumerate(gains, 1):
@@ -232,16 +242,22 @@ class DraftGate:
             nodes += 1.0 if rows is None else rows[level - 1]
             drafting = level_seconds * level if isinstance(level_seconds, float) else level_seconds[level]
             seconds = curve.seconds(base + round(requests * nodes), keys) + drafting
-            if level == 1:
-                first = seconds
+            if level <= TRIAL_DEPTH:
+                tried = curve.seconds(base + min(requests, TRIAL_REQUESTS) * level, keys) + drafting
             value = requests * tokens - price * seconds if price else tokens / max(seconds, 1e-9)
             if value > best_value:
                 best, best_value = level, value
-        if best:
+        if not curve.known:
+            best = 0
+        elif best and not self._trial:
             self._off_seconds = 0.0
             return best
-        self._off_seconds += steps * plain
-        if self._off_seconds * self._probe_share < first - plain:
-            return 0
-        self._off_seconds = 0.0
-        return 1
+        elif not self._trial:
+            self._off_seconds += steps * plain
+            if self._off_seconds * self._probe_share < TRIAL_STEPS * (tried - plain):
+                return 0
+            self._off_seconds = 0.0
+            self._trial = TRIAL_STEPS
+        self._trial = max(0, self._trial - 1)
+        self.is_trying = True
+        return max(best, min(TRIAL_DEPTH, len(gains)))
