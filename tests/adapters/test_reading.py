@@ -136,6 +136,15 @@ def test_links_inside_of_a_hugging_face_cache_are_followed(tmp_path: Path) -> No
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         (snapshot / name).symlink_to(Path("..", "..", "blobs", name))
     assert read(snapshot).content_id == read(blobs).content_id
+    inner = snapshot / "draft"
+    inner.mkdir()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (inner / name).symlink_to(Path("..", "..", "..", "blobs", name))
+    assert read(inner).content_id == read(blobs).content_id
+    (inner / CONFIG_FILE).unlink()
+    (inner / CONFIG_FILE).symlink_to(write(tmp_path / "elsewhere") / CONFIG_FILE)
+    with pytest.raises(ModelError, match="links out of"):
+        read(inner)
 
 
 def test_experts_are_refused_and_routers_are_not(tmp_path: Path) -> None:

@@ -252,6 +252,54 @@ def test_names(registry: AdapterRegistry) -> None:
     assert registry.remove("a") and registry.get("a") is None
 
 
+def test_what_goes_with_a_content_for_drafts(registry: AdapterRegistry) -> None:
+    drafts = {"draft": OTHER_ID, "draft2": ID}
+    first = registry.set("a", ID, drafts=drafts, now=5.0)
+    assert first.drafts == drafts and registry.get("a") == first and registry.list() == (first,)
+    # They change no output, so that another one is no new version.
+    second = registry.set("a", ID, now=6.0)
+    assert (second.version, second.added, second.drafts) == (1, 5.0, {})
+    assert registry.get("a") == second
+    with pytest.raises(InvalidParameter, match="content_id"):
+        registry.set("a", ID, drafts={"draft": "../x"})
+    assert registry.get("a") == second
+
+
+def test_a_registry_from_before_there_were_drafts(tmp_path: Path) -> None:
+    path = tmp_path / "adapters.sqlite"
+    older = sqlite3.connect(path)
+    older.execute(
+        "CREATE TABLE adapters (name TEXT PRIMARY KEY NOT NULL, content_id TEXT NOT NULL, version INTEGER NOT NULL, "
+        "added REAL NOT NULL, source TEXT, base_model_name TEXT) STRICT, WITHOUT ROWID"
+    )
+    older.execute("INSERT INTO adapters VALUES ('a', ?, 3, 5.0, 'dir', NULL)", (ID,))
+    older.execute("PRAGMA user_version = 1")
+    older.commit()
+    older.close()
+    for _ in range(2):
+        registry = AdapterRegistry(path)
+        (entry,) = registry.list()
+        assert (entry.name, entry.content_id, entry.version, entry.source) == ("a", ID, 3, "dir")
+        assert entry.drafts == {}
+        registry.close()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"draft": 1}', '{"draft": "../x"}', "{" * 9])
+def test_drafts_that_nobody_wrote(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "adapters.sqlite"
+    registry = AdapterRegistry(path)
+    registry.set("a", ID)
+    registry.close()
+    other = sqlite3.connect(path)
+    other.execute("UPDATE adapters SET drafts = ?", (text,))
+    other.commit()
+    other.close()
+    registry = AdapterRegistry(path)
+    with pytest.raises(ModelError, match="registry"):
+        registry.list()
+    registry.close()
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -359,6 +407,13 @@ def test_scans(tmp_path: Path) -> None:
     assert found["half"].weights is None
     assert found["a"].weights is not None
     assert found["a"].weights.size == (tmp_path / "a" / WEIGHTS_FILE).stat().st_size
+    assert scan(tmp_path, ["draft"])["a"] != scan(tmp_path)["a"]
+    before = scan(tmp_path, ["draft"])
+    assert before == scan(tmp_path, ["draft"])
+    write(tmp_path / "a" / "draft")
+    after = scan(tmp_path, ["draft"])
+    assert after["a"] != before["a"] and after["half"] == before["half"]
+    assert scan(tmp_path) == found, "nobody asked for it"
     with pytest.raises(ModelError):
         scan(tmp_path / "none")
     with pytest.raises(ModelError):

@@ -479,3 +479,56 @@ def test_an_engine_without_adapters_says_so(tokenizer_directory: Path, directori
     with serve(tokenizer_directory) as server:
         error(load(server, "red", directories["red"]), 400, "unsupported_feature")
         assert server.get("/admin/adapters").json()["data"] == []
+
+
+def test_adapters_with_one_for_the_draft(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaded, replaced and forgotten with the adapter in whose directory they lie; they are watched too."""
+    monkeypatch.setattr(adapter_service, "WATCH_SECONDS", 0.02)
+    watched, data = tmp_path / "watched", tmp_path / "data"
+    one = write_adapter(watched / "one", 1)
+    mine = write_adapter(tmp_path / "mine", 2)
+    with serve_model(model, adapter_dir=str(watched)) as server:
+        plain = answer(server, "one", max_tokens=60)
+    options = {"speculate": ("draft",), "draft_model": (str(model),), "draft_pace": "fixed"}
+    with serve_model(model, adapter_dir=str(watched), data_dir=str(data), **options) as server:
+
+        def count() -> tuple[int, int]:
+            folders = (data / "images").iterdir(), (data / "adapters").glob("*.safetensors")
+            images, stored = (len(list(folder)) for folder in folders)
+            return images, stored
+
+        def drafts(name: str) -> dict[str, str]:
+            found: dict[str, str] = listed(server)[name]["drafts"]
+            return found
+
+        assert drafts("one") == {}
+        write_adapter(one / "draft", 1)
+        wait_until(lambda: drafts("one") == {"draft": listed(server)["one"]["content_id"]})
+        assert answer(server, "one", max_tokens=60) == plain
+        assert count() == (1, 1), "the same content"
+        assert listed(server)["one"]["version"] == 1
+        write_adapter(one / "draft", 3)
+        wait_until(lambda: drafts("one")["draft"] != listed(server)["one"]["content_id"])
+        assert count() == (2, 2)
+        write_adapter(mine / "draft", 3)
+        assert load(server, "mine", mine).status_code == 200
+        assert drafts("mine") == drafts("one")
+        assert count() == (3, 3)
+        write_adapter(mine / "draft", 4)
+        assert load(server, "mine", mine, load_inplace=True).status_code == 200
+        assert drafts("mine") != drafts("one")
+        assert count() == (4, 4)
+        (mine / "draft" / "adapter_model.safetensors").write_bytes(b"x" * 99)
+        assert "mine/draft" in error(load(server, "mine", mine, load_inplace=True), 400, "invalid_adapter")
+        assert count() == (4, 4)
+        assert answer(server, "one", max_tokens=60) == plain
+        for path in (one / "draft").iterdir():
+            path.unlink()
+        (one / "draft").rmdir()
+        wait_until(lambda: drafts("one") == {})
+        wait_until(lambda: count() == (3, 3))
+        assert unload(server, "mine").status_code == 200
+        wait_until(lambda: count() == (1, 1))
+        assert answer(server, "one", max_tokens=60) == plain

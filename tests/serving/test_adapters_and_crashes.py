@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
@@ -113,6 +114,31 @@ def test_the_next_engine_knows_them(tiny_model: Path, tmp_path: Path) -> None:
             await kill(client)
             assert await tokens_of(client, adapters, "a2", "z", 24) == before[-1]
             assert len(await client.adapters.uses()) == 2
+
+    asyncio.run(run())
+
+
+def test_the_next_engine_knows_those_of_the_draft(tiny_model: Path, tmp_path: Path) -> None:
+    """A content whose draft adapter was replaced, and one that an engine did not take."""
+    path, other = write_adapter(tmp_path / "a", 1), write_adapter(tmp_path / "large", 2, rank=250)
+
+    async def run() -> None:
+        options = {"speculate": ("draft",), "draft_model": (str(tiny_model),), "draft_pace": "fixed"}
+        write_adapter(path / "draft", 2)
+        async with serving(tiny_model, (f"a={path}",), max_adapter_mb=1, **options) as (client, adapters):
+            before = await tokens_of(client, adapters, "a", "x", 60)
+            write_adapter(path / "draft", 1)
+            served = await adapters.load("a", path)
+            assert served.prepared.draft_contents == {"draft": served.content_id}
+            await kill(client)
+            assert await tokens_of(client, adapters, "a", "y", 60) == before
+            for file in other.iterdir():
+                shutil.copy(file, path / "draft")
+            with pytest.raises(InvalidParameter, match="adapter of the draft model draft"):
+                await adapters.load("a", path)
+            await kill(client)
+            assert client.adapters.refusal(served.content_id) is None
+            assert await tokens_of(client, adapters, "a", "z", 60) == before
 
     asyncio.run(run())
 

@@ -23,6 +23,7 @@ from tokenloom.errors import (
     TokenloomError,
     UnsupportedFeature,
 )
+from tokenloom.runtime.adapter_host import AdapterFile
 from tokenloom.serving.client import ModelCard
 from tokenloom.serving.messages import (
     MAX_FRAME_BYTES,
@@ -118,6 +119,7 @@ def test_commands_survive_the_wire() -> None:
         Add(request),
         Cancel("r"),
         LoadAdapter(1, "a", "b"),
+        LoadAdapter(1, "a", "b", {"draft": AdapterFile("c", "d")}),
         RetireAdapter("a"),
         PinAdapter(2, "a", True),
         ReportAdapters(3),

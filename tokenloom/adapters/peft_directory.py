@@ -92,13 +92,14 @@ def read_adapter(
 
 def _inside(directory: Path, name: str) -> Path:
     """The file `name` of `directory`. A link is followed within the directory, and within a Hugging Face cache
-    from snapshots/<revision>/ to blobs/. Raises `ModelError` for any other."""
+    from snapshots/<revision>/, or a directory in it, to blobs/. Raises `ModelError` for any other."""
     real = Path(os.path.realpath(directory))
     path = Path(os.path.realpath(real / name))
     if path.is_relative_to(real):
         return path
-    if real.parent.name == "snapshots" and path.parent == real.parent.parent / "blobs":
-        return path
+    for revision in (real, real.parent):
+        if revision.parent.name == "snapshots" and path.parent == revision.parent.parent / "blobs":
+            return path
     raise ModelError(
         f"{name}, which links out of {directory}", "files in the directory itself (or in its cache's blobs)"
     )

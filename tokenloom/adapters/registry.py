@@ -6,27 +6,30 @@ content id, so what it gets does not change while it runs.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from types import MappingProxyType
+from typing import Any, Final
 
-from tokenloom.errors import InvalidParameter, ModelError
+from tokenloom.errors import InvalidParameter, ModelError, shorten
+from tokenloom.models.json_fields import parse_json
 
 MAX_NAMES: Final = 100_000
 
-_VERSION = 1
+_VERSION = 2
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:-]*(?:/[A-Za-z0-9][A-Za-z0-9._@:-]*)*")
 _MAX_NAME = 128
 _ID = re.compile(r"[0-9a-f]{32}")
 _BUSY_SECONDS = 10.0
-_COLUMNS = "name, content_id, version, added, source, base_model_name"
+_COLUMNS = "name, content_id, version, added, source, base_model_name, drafts"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS adapters (
     name TEXT PRIMARY KEY NOT NULL,
@@ -34,7 +37,8 @@ CREATE TABLE IF NOT EXISTS adapters (
     version INTEGER NOT NULL,
     added REAL NOT NULL,
     source TEXT,
-    base_model_name TEXT
+    base_model_name TEXT,
+    drafts TEXT NOT NULL DEFAULT '{}'
 ) STRICT, WITHOUT ROWID
 """
 
@@ -43,7 +47,7 @@ CREATE TABLE IF NOT EXISTS adapters (
 class RegisteredAdapter:
     """A name and its content. `version` counts from 1 and rises with each new content of the name; `added` is
     the time of that, in seconds since 1970; `source` the directory that it was read from; `base_model_name` what
-    its configuration says."""
+    its configuration says; `drafts` the contents that go with it for draft models, by the names of these."""
 
     name: str
     content_id: str
@@ -51,6 +55,7 @@ class RegisteredAdapter:
     added: float
     source: str | None
     base_model_name: str | None
+    drafts: Mapping[str, str]
 
 
 class AdapterRegistry:
@@ -82,9 +87,11 @@ class AdapterRegistry:
     def _prepare(self) -> None:
         with self._transaction() as database:
             (version,) = database.execute("PRAGMA user_version").fetchone()
-            if version not in (0, _VERSION):
-                raise ModelError(f"{self._path} of version {version}", f"version {_VERSION}")
+            if not 0 <= version <= _VERSION:
+                raise ModelError(f"{self._path} of version {version}", f"versions up to {_VERSION}")
             database.execute(_SCHEMA)
+            if version == 1:
+                database.execute("ALTER TABLE adapters ADD COLUMN drafts TEXT NOT NULL DEFAULT '{}'")
             database.execute(f"PRAGMA user_version = {_VERSION}")
         if self._path is not None:
             with self._errors():
@@ -112,16 +119,18 @@ class AdapterRegistry:
         *,
         source: str | None = None,
         base_model_name: str | None = None,
+        drafts: Mapping[str, str] = MappingProxyType({}),
         now: float | None = None,
     ) -> RegisteredAdapter:
-        """Let `name` stand for `content_id` from now on (`now`: seconds since 1970).
+        """Let `name` stand for `content_id` from now on (`now`: seconds since 1970), with `drafts`.
 
-        The same content again changes its source only. Raises `InvalidParameter` for a name or id that cannot be
-        one, and where there are too many names.
+        The same content again changes its source and drafts only. Raises `InvalidParameter` for a name or id that
+        cannot be one, and where there are too many names.
         """
         check_name(name)
-        if _ID.fullmatch(content_id) is None:
-            raise InvalidParameter("content_id", content_id, "32 hexadecimal digits in lower case")
+        for content in (content_id, *drafts.values()):
+            if _ID.fullmatch(content) is None:
+                raise InvalidParameter("content_id", content, "32 hexadecimal digits in lower case")
         for param, text in (("source", source), ("base_model_name", base_model_name)):
             if text is not None and any("\ud800" <= sign <= "\udfff" for sign in text):
                 raise InvalidParameter(param, text, "text that UTF-8 can hold")
@@ -134,12 +143,11 @@ class AdapterRegistry:
             is_same = before is not None and before.content_id == content_id
             version = 1 if before is None else before.version + (not is_same)
             added = before.added if before is not None and is_same else time.time() if now is None else now
-            entry = RegisteredAdapter(name, content_id, version, added, source, base_model_name)
+            row = (name, content_id, version, added, source, base_model_name, json.dumps(dict(drafts)))
             database.execute(
-                f"INSERT OR REPLACE INTO adapters ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)",
-                (name, content_id, version, added, source, base_model_name),
+                f"INSERT OR REPLACE INTO adapters ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", row
             )
-        return entry
+        return _entry(row)
 
     def get(self, name: str) -> RegisteredAdapter | None:
         """What `name` stands for now; None for a name that is not registered."""
@@ -159,7 +167,7 @@ class AdapterRegistry:
         """All names, sorted."""
         with self._mutex, self._errors():
             rows = self._database.execute(f"SELECT {_COLUMNS} FROM adapters ORDER BY name").fetchall()
-        return tuple(RegisteredAdapter(*row) for row in rows)
+        return tuple(map(_entry, rows))
 
     def close(self) -> None:
         """Close the file."""
@@ -168,7 +176,7 @@ class AdapterRegistry:
 
     def _find(self, name: str) -> RegisteredAdapter | None:
         row = self._database.execute(f"SELECT {_COLUMNS} FROM adapters WHERE name = ?", (name,)).fetchone()
-        return None if row is None else RegisteredAdapter(*row)
+        return None if row is None else _entry(row)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -191,6 +199,15 @@ class AdapterRegistry:
             raise ModelError(
                 f"{self._path}: {error}", "a registry of adapters that can be written"
             ) from error
+
+
+def _entry(row: tuple[Any, ...]) -> RegisteredAdapter:
+    """The entry in a row of `_COLUMNS`. Raises `ModelError` for what `set` did not write."""
+    name, content_id, version, added, source, base_model_name, drafts = row
+    found = parse_json(drafts.encode(), "a registry of adapters")
+    if not all(isinstance(content, str) and _ID.fullmatch(content) for content in found.values()):
+        raise ModelError(f"{shorten(drafts)} in a registry of adapters", "content ids by name")
+    return RegisteredAdapter(name, content_id, version, added, source, base_model_name, found)
 
 
 def check_name(name: str) -> None:

@@ -8,7 +8,7 @@ What cannot be read in spite of that is tried again as soon as one of its files 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,10 +29,12 @@ class FileStamp(NamedTuple):
 
 
 class AdapterStamp(NamedTuple):
-    """Stamps of the two files of an adapter; None: there is no such file."""
+    """Stamps of the two files of an adapter; None: there is no such file. `parts` are those of the files of adapters
+    in its sub-directories that were asked for."""
 
     config: FileStamp
     weights: FileStamp | None
+    parts: tuple[FileStamp | None, ...] = ()
 
 
 Scan = Mapping[str, AdapterStamp]
@@ -46,8 +48,9 @@ class Changes(NamedTuple):
     forget: tuple[str, ...]
 
 
-def scan(directory: str | Path) -> Scan:
-    """The sub-directories of `directory` that hold an adapter_config.json; hidden ones are left out.
+def scan(directory: str | Path, parts: Sequence[str] = ()) -> Scan:
+    """The sub-directories of `directory` that hold an adapter_config.json; hidden ones are left out. `parts` are
+    names of sub-directories of theirs whose files count too.
 
     Raises `ModelError` if it cannot be listed, or has more than `MAX_DIRECTORIES`.
     """
@@ -60,16 +63,20 @@ def scan(directory: str | Path) -> Scan:
     if len(names) > MAX_DIRECTORIES:
         raise ModelError(f"{directory} with {len(names)} directories", f"at most {MAX_DIRECTORIES} adapters")
     for name in sorted(names):
-        known = stamp(Path(directory, name))
+        known = stamp(Path(directory, name), parts)
         if known is not None:
             found[name] = known
     return found
 
 
-def stamp(directory: Path) -> AdapterStamp | None:
-    """The stamps of the adapter in `directory`; None without an adapter_config.json."""
+def stamp(directory: Path, parts: Sequence[str] = ()) -> AdapterStamp | None:
+    """The stamps of the adapter in `directory`, and of those in its sub-directories `parts`; None without an
+    adapter_config.json."""
     config = _stamp(directory / CONFIG_FILE)
-    return None if config is None else AdapterStamp(config, _stamp(directory / WEIGHTS_FILE))
+    if config is None:
+        return None
+    inner = [_stamp(directory / part / file) for part in parts for file in (CONFIG_FILE, WEIGHTS_FILE)]
+    return AdapterStamp(config, _stamp(directory / WEIGHTS_FILE), tuple(inner))
 
 
 def changes(before: Scan, now: Scan, known: Scan) -> Changes:

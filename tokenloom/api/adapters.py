@@ -115,6 +115,7 @@ def _info(report: AdapterReport, parent: str) -> AdapterInfo:
         requests_total=served.num_requests,
         last_used=served.last_used or None,
         pinned=served.pinned,
+        drafts=served.prepared.draft_contents,
     )
 
 

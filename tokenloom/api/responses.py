@@ -241,7 +241,8 @@ class Version(Struct, kw_only=True):
 
 class AdapterInfo(Struct, kw_only=True):
     """An adapter. `bytes` are those of its tensors as saved, `resident_bytes` what it takes of the memory for KV pages
-    now (0: it is not there); `created` and `last_used` are in seconds since 1970."""
+    now (0: it is not there); `created` and `last_used` are in seconds since 1970; `drafts` are the contents that go
+    with it for draft models, by the names of these."""
 
     name: str
     object: Literal["adapter"] = "adapter"
@@ -259,6 +260,7 @@ class AdapterInfo(Struct, kw_only=True):
     requests_total: int
     last_used: float | None
     pinned: bool
+    drafts: dict[str, str]
 
 
 class AdapterList(Struct, kw_only=True):

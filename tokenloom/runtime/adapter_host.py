@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, NamedTuple
+from types import MappingProxyType
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,14 +26,37 @@ class AdapterFormat(NamedTuple):
     page_bytes: int
 
 
+class AdapterFile(NamedTuple):
+    """An adapter by its content id, and the path of its image."""
+
+    content_id: str
+    path: str
+
+
+class Companions(Protocol):
+    """Adapters of another model that go with those of an engine."""
+
+    def know(self, file: AdapterFile) -> None:
+        """Nothing of it is read yet. Raises `ModelError` or `InvalidParameter`; it is then known or unknown as
+        before."""
+
+    def go_with(self, adapter: str, companion: str) -> None:
+        """From now on, `companion` (known; "": none) goes with `adapter` of the engine."""
+
+    def forget_unused(self) -> None:
+        """Forget those that go with no adapter."""
+
+
 class AdapterHost:
     """The `AdapterSource` of a `LocalExecutor`: known adapters by content id, and their mapped images.
 
-    Only the thread that steps the engine may use it.
+    `companions` are adapters of other models (drafts), by the names of these; they are forgotten with the adapter
+    that they go with. Only the thread that steps the engine may use it.
     """
 
     def __init__(self, backend: Backend, form: AdapterFormat) -> None:
         self.format = form
+        self.companions: dict[str, Companions] = {}
         self._backend = backend
         self._images: dict[str, AdapterImage] = {}
 
@@ -73,22 +98,40 @@ class AdapterHost:
     def forget(self, adapter: str) -> None:
         """Nobody will ask for the adapter again."""
         self._images.pop(adapter, None)
+        for companions in self.companions.values():
+            companions.go_with(adapter, "")
 
 
-def offer_adapter(engine: Engine, host: AdapterHost | None, adapter: str, image: Path) -> None:
-    """Let requests of `engine`, whose source is `host`, have the adapter whose image is at `image`.
+def offer_adapter(
+    engine: Engine,
+    host: AdapterHost | None,
+    adapter: str,
+    image: Path,
+    drafts: Mapping[str, AdapterFile] = MappingProxyType({}),
+) -> None:
+    """Let requests of `engine`, whose source is `host`, have the adapter whose image is at `image`. `drafts` are
+    what goes with it, by the name of the draft model; other models of the engine have nothing that does.
 
-    Raises `ModelError` as `AdapterHost.add`, `InvalidParameter` where the pool could never hold it, and
-    `UnsupportedFeature` for an executor without adapters; it is then known or unknown as before.
+    Raises `ModelError` as `AdapterHost.add`, `InvalidParameter` where the pool could never hold one of them, and
+    `UnsupportedFeature` for an executor without adapters, and a draft that the engine does not have; they are then
+    known or unknown as before.
     """
     if host is None:
         raise UnsupportedFeature("adapters", "the executor of this engine has none")
+    if unknown := sorted(drafts.keys() - host.companions.keys()):
+        raise UnsupportedFeature(f"an adapter of {unknown[0]}", "the engine has no draft model of that name")
     is_new = host.add(adapter, image)
     try:
         engine.adapters.check(adapter)
-    except InvalidParameter:
+        for name, file in drafts.items():
+            host.companions[name].know(file)
+    except (InvalidParameter, ModelError):
         # One that is known may serve other names, and requests that run or wait.
         if is_new:
             host.forget(adapter)
+        for companions in host.companions.values():
+            companions.forget_unused()
         raise
     engine.adapters.revive(adapter)
+    for name, companions in host.companions.items():
+        companions.go_with(adapter, drafts[name].content_id if name in drafts else "")

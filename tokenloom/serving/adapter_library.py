@@ -14,9 +14,10 @@ import fcntl
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from tokenloom.adapters.registry import AdapterRegistry, RegisteredAdapter, check_name
 from tokenloom.errors import EngineDead, InvalidParameter, TokenloomError
@@ -27,13 +28,20 @@ log = logging.getLogger(__name__)
 
 
 class AdapterLibrary:
-    """Adapters for `target`, whose model has the layers of `program`.
+    """Adapters for `target`, whose model has the layers of `program`, and for its `drafts`, by name.
 
     `data_dir` "" is a temporary directory that goes with `close`. Threads may share it, but only one prepares at a
     time. Raises `InvalidParameter` for a data directory that cannot be used, or that another process uses.
     """
 
-    def __init__(self, target: PackingTarget, program: Program, *, data_dir: str = "") -> None:
+    def __init__(
+        self,
+        target: PackingTarget,
+        program: Program,
+        *,
+        data_dir: str = "",
+        drafts: Mapping[str, tuple[PackingTarget, Program]] = MappingProxyType({}),
+    ) -> None:
         self._temporary = None if data_dir else tempfile.TemporaryDirectory(prefix="tokenloom-data-")
         directory = Path(self._temporary.name if self._temporary else data_dir).expanduser()
         try:
@@ -45,7 +53,7 @@ class AdapterLibrary:
             raise _unusable(data_dir, error) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.packer = AdapterPacker(target, program, directory)
+            self.packer = AdapterPacker(target, program, directory, drafts)
             self.registry = AdapterRegistry(directory / "adapters.sqlite")
         except BlockingIOError:
             os.close(self._lock)
@@ -65,10 +73,13 @@ class AdapterLibrary:
         entries = self.registry.list()
         for entry in entries:
             try:
-                found[entry.name] = entry, self.packer.restore(entry.content_id)
+                found[entry.name] = entry, self.packer.restore(entry.content_id, entry.drafts)
             except TokenloomError as error:
                 log.error("adapter %s is left out: %s", entry.name, error)
-        self.packer.discard_all_but({entry.content_id for entry in entries})
+        # Also what draft models have that are not served now.
+        self.packer.discard_all_but(
+            {content for entry in entries for content in (entry.content_id, *entry.drafts.values())}
+        )
         return found
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -71,7 +72,7 @@ class AdapterReport(NamedTuple):
 class AdapterLease:
     """The content that one request has; "" for the base model. `release` may be called more than once."""
 
-    def __init__(self, content_id: str, release: Callable[[str], None]) -> None:
+    def __init__(self, content_id: str, release: Callable[[], None]) -> None:
         self.content_id = content_id
         self._release = release
         self._held = bool(content_id)
@@ -79,10 +80,10 @@ class AdapterLease:
     def release(self) -> None:
         if self._held:
             self._held = False
-            self._release(self.content_id)
+            self._release()
 
 
-NO_ADAPTER: Final = AdapterLease("", lambda content_id: None)
+NO_ADAPTER: Final = AdapterLease("", lambda: None)
 """That of requests to the base model."""
 
 
@@ -101,7 +102,7 @@ class AdapterService:
         self._model = model
         self._options = options
         self._served: dict[str, ServedAdapter] = {}
-        self._leases: Counter[str] = Counter()
+        self._leases: Counter[PreparedAdapter] = Counter()
         self._turn = asyncio.Lock()
         self._worker = ThreadPoolExecutor(1, "tokenloom-adapters")
         self._packer = None if library is None else PackerClient(library.packer)
@@ -129,8 +130,8 @@ class AdapterService:
         served = self._served[name]
         served.num_requests += 1
         served.last_used = time.time()
-        self._leases[served.content_id] += 1
-        return AdapterLease(served.content_id, self._release)
+        self._leases[served.prepared] += 1
+        return AdapterLease(served.content_id, partial(self._release, served.prepared))
 
     async def report(self) -> list[AdapterReport]:
         """All adapters by name; where the engine does not answer, as it said last."""
@@ -159,7 +160,7 @@ class AdapterService:
         for name, directory in named.items():
             self._take(library, name, directory)
         if self._options.adapter_dir:
-            self._known = scan(self._options.adapter_dir)
+            self._known = scan(self._options.adapter_dir, tuple(library.packer.drafts))
             for name in self._known:
                 if name in named:
                     self._report_taken(name)
@@ -171,7 +172,8 @@ class AdapterService:
                     library.registry.remove(name)
                     del self._served[name]
         for served in self._served.values():
-            self._client.adapters.expect(served.content_id, served.prepared.image)
+            prepared = served.prepared
+            self._client.adapters.expect(prepared.content_id, prepared.image, prepared.draft_files)
 
     async def confirm(self) -> None:
         """Wait until the first engine has answered for what `load_configured` found. Raises what it says of an
@@ -206,10 +208,11 @@ class AdapterService:
             check_adapter_name(name, self._model)
             prepared, base = await self._in_worker(packer.prepare, directory)
             try:
-                await self._client.adapters.load(prepared.content_id, prepared.image)
+                adapters = self._client.adapters
+                await adapters.load(prepared.content_id, prepared.image, prepared.draft_files)
                 entry = await self._in_worker(_register, library, name, prepared, directory, base)
             except BaseException:
-                await self._drop(prepared.content_id)
+                await self._drop(prepared)
                 raise
             served = self._served[name] = ServedAdapter(entry, prepared)
             log.info(
@@ -256,28 +259,38 @@ class AdapterService:
             # An engine that is not there has nothing pinned, and the next one will be told less.
             with contextlib.suppress(EngineDead):
                 await self._client.adapters.pin(served.content_id, on=False)
-        await self._drop(served.content_id)
+        await self._drop(served.prepared)
 
-    def _is_held(self, content_id: str) -> bool:
-        return self._leases[content_id] > 0 or any(s.content_id == content_id for s in self._served.values())
+    def _held(self) -> set[PreparedAdapter]:
+        """What names stand for, and what requests have."""
+        return {*self._leases, *(served.prepared for served in self._served.values())}
 
-    async def _drop(self, content_id: str) -> None:
-        """Forget a content if it was held no longer. The turn must be taken: nobody is about to hold it then."""
-        if self._library is not None and not self._is_held(content_id):
-            self._client.adapters.retire(content_id)
+    async def _drop(self, prepared: PreparedAdapter) -> None:
+        """Forget those of its contents that are held no longer. The turn must be taken: nobody is about to hold them
+        then."""
+        if self._library is None:
+            return
+        held = self._held()
+        same = next((other for other in held if other.content_id == prepared.content_id), None)
+        if same is None:
+            self._client.adapters.retire(prepared.content_id)
+        else:
+            # What goes with it for draft models may differ, and files of that go below.
+            self._client.adapters.expect(same.content_id, same.image, same.draft_files)
+        for content_id in set(prepared.contents).difference(*(other.contents for other in held)):
             with reported(content_id):
                 await self._in_worker(self._library.packer.discard, content_id)
 
-    def _release(self, content_id: str) -> None:
-        self._leases[content_id] -= 1
-        if not self._leases[content_id]:
-            del self._leases[content_id]
-            if not self._is_held(content_id):
-                self._start(self._drop_in_turn(content_id))
+    def _release(self, prepared: PreparedAdapter) -> None:
+        self._leases[prepared] -= 1
+        if not self._leases[prepared]:
+            del self._leases[prepared]
+            if prepared not in self._held():
+                self._start(self._drop_in_turn(prepared))
 
-    async def _drop_in_turn(self, content_id: str) -> None:
+    async def _drop_in_turn(self, prepared: PreparedAdapter) -> None:
         async with self._turn:
-            await self._drop(content_id)
+            await self._drop(prepared)
 
     def _need_library(self) -> tuple[AdapterLibrary, PackerClient]:
         if self._library is None or self._packer is None:
@@ -303,12 +316,13 @@ class AdapterService:
         task.add_done_callback(self._tasks.discard)
 
     async def _watch(self) -> None:
+        parts = tuple(self._library.packer.drafts) if self._library is not None else ()
         before = self._known
         problem = ""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             try:
-                now = await self._in_worker(scan, self._options.adapter_dir)
+                now = await self._in_worker(scan, self._options.adapter_dir, parts)
             except ModelError as error:
                 if str(error) != problem:
                     problem = str(error)
@@ -364,4 +378,10 @@ def _register(
     library: AdapterLibrary, name: str, prepared: PreparedAdapter, directory: str | Path, base: str | None
 ) -> RegisteredAdapter:
     source = os.path.abspath(directory)
-    return library.registry.set(name, prepared.content_id, source=source, base_model_name=base)
+    return library.registry.set(
+        name,
+        prepared.content_id,
+        source=source,
+        base_model_name=base,
+        drafts=prepared.draft_contents,
+    )

@@ -34,7 +34,7 @@ from tokenloom.serving.client import ModelCard
 from tokenloom.serving.load_listener import LoadListener
 from tokenloom.serving.model_directory import model_directory, model_name
 from tokenloom.serving.requests import SeedSource
-from tokenloom.serving.speculation import add_speculation
+from tokenloom.serving.speculation import add_speculation, draft_targets
 from tokenloom.serving.threads import num_threads
 from tokenloom.text.output_text import make_stop_checker
 from tokenloom.text.tokenizer import Tokenizer
@@ -125,7 +125,7 @@ def build_engine(config: Config, listener: LoadListener) -> EngineParts:
         stop_checkers=make_stop_checker(tokenizer),
         adapters=adapters,
     )
-    add_speculation(config, engine, tokenizer, ops, pool)
+    add_speculation(config, engine, adapters, tokenizer, ops, pool)
     card = _card(config, model, executor, engine)
     seeds = SeedSource(config.runtime.seed)
     return EngineParts(engine=engine, adapters=adapters, tokenizer=tokenizer, card=card, seeds=seeds)
@@ -137,11 +137,12 @@ def adapter_format(described: ModelDescription, formats: Formats) -> AdapterForm
 
 
 def open_library(config: Config) -> AdapterLibrary:
-    """The adapters of a process under `config`, packed for the engine that it would build. No weight is read.
-    Raises `ModelError`, `InvalidParameter` or `UnsupportedFeature`."""
+    """The adapters of a process under `config`, packed for the engine that it would build, draft models included. No
+    weight is read. Raises `ModelError`, `InvalidParameter` or `UnsupportedFeature`."""
     directory = model_directory(config.model.model, config.model.revision)
     described = describe_model(directory, max_context=config.model.max_context, weights=config.model.weights)
-    form = adapter_format(described, choose_formats(config, described, choose_ops(config)))
+    ops = choose_ops(config)
+    form = adapter_format(described, choose_formats(config, described, ops))
     target = PackingTarget(
         model=str(directory),
         max_context=config.model.max_context,
@@ -150,7 +151,9 @@ def open_library(config: Config) -> AdapterLibrary:
         page_bytes=form.page_bytes,
         max_rank=config.adapters.max_adapter_rank,
     )
-    return AdapterLibrary(target, described.program, data_dir=config.adapters.data_dir)
+    return AdapterLibrary(
+        target, described.program, data_dir=config.adapters.data_dir, drafts=draft_targets(config, ops)
+    )
 
 
 def choose_ops(config: Config) -> Choice:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -11,6 +11,7 @@ from tokenloom.engine.adapter_pool import AdapterUse
 from tokenloom.engine.plan import StepRecord
 from tokenloom.engine.request import Request, SequenceDelta
 from tokenloom.errors import TokenloomError
+from tokenloom.runtime.adapter_host import AdapterFile
 from tokenloom.text.tokenizer import Tokenizer
 
 EngineState = Literal["loading", "ready", "restarting", "failed", "stopped"]
@@ -39,15 +40,16 @@ class ModelCard:
 class AdapterControl(Protocol):
     """Tells the engine of adapters, and each engine after it; by content id."""
 
-    def expect(self, content_id: str, image: Path) -> None:
-        """Have each engine to come told of the adapter whose image is at `image`."""
+    def expect(self, content_id: str, image: Path, drafts: Mapping[str, AdapterFile] = ...) -> None:
+        """Have each engine to come told of the adapter whose image is at `image`, and of `drafts`, which go with it
+        for draft models."""
 
     def refusal(self, content_id: str) -> TokenloomError | None:
         """Why an engine did not take the adapter when it was told of it again; None if it did."""
 
-    async def load(self, content_id: str, image: Path) -> None:
-        """Let requests have the adapter whose image is at `image`. Raises what the engine found wrong with it, or
-        `EngineDead`; it is then unknown as before."""
+    async def load(self, content_id: str, image: Path, drafts: Mapping[str, AdapterFile] = ...) -> None:
+        """Let requests have the adapter whose image is at `image`, and `drafts` go with it from now on. Raises what
+        the engine found wrong with them, or `EngineDead`; they are then unknown as before."""
 
     async def pin(self, content_id: str, on: bool) -> None:
         """Keep the adapter in the pool, or no longer. Raises as `Engine.pin_adapter`, or `EngineDead`."""

@@ -6,11 +6,14 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Final
 
 from tokenloom.engine.adapter_pool import AdapterUse
 from tokenloom.errors import EngineDead, TokenloomError
+from tokenloom.runtime.adapter_host import AdapterFile
 from tokenloom.serving.messages import (
     AdapterDone,
     AdapterFailed,
@@ -24,6 +27,7 @@ from tokenloom.serving.messages import (
 
 log = logging.getLogger(__name__)
 
+_NO_DRAFTS: Final[Mapping[str, AdapterFile]] = MappingProxyType({})
 _NOBODY = 0
 """The ticket of what nobody waits for."""
 
@@ -37,7 +41,7 @@ class EngineAdapters:
     """
 
     def __init__(self, send: Callable[[Command], None], why_not: Callable[[], str]) -> None:
-        self._images: dict[str, Path] = {}
+        self._images: dict[str, tuple[str, dict[str, AdapterFile]]] = {}
         self._refusals: dict[str, TokenloomError] = {}
         self._pinned: set[str] = set()
         self._send = send
@@ -50,24 +54,27 @@ class EngineAdapters:
         self._refusals.clear()
         # If it has just ended too, that will be noticed.
         with contextlib.suppress(EngineDead):
-            for content_id, image in self._images.items():
-                self._send(LoadAdapter(_NOBODY, content_id, str(image)))
+            for content_id, (image, drafts) in self._images.items():
+                self._send(LoadAdapter(_NOBODY, content_id, image, drafts))
             for content_id in sorted(self._pinned):
                 self._send(PinAdapter(_NOBODY, content_id, on=True))
 
-    def expect(self, content_id: str, image: Path) -> None:
-        """Have each engine to come told of the adapter whose image is at `image`."""
-        self._images[content_id] = image
+    def expect(self, content_id: str, image: Path, drafts: Mapping[str, AdapterFile] = _NO_DRAFTS) -> None:
+        """Have each engine to come told of the adapter whose image is at `image`, and of `drafts`, which go with it
+        for draft models."""
+        self._images[content_id] = str(image), dict(drafts)
 
     def refusal(self, content_id: str) -> TokenloomError | None:
         """Why the engine did not take the adapter when it was told of it again; None if it did."""
         return self._refusals.get(content_id)
 
-    async def load(self, content_id: str, image: Path) -> None:
-        """Let requests have the adapter whose image is at `image`. Raises what the engine found wrong with it, or
-        `EngineDead`; it is then unknown as before."""
-        await self._ask(lambda ticket: LoadAdapter(ticket, content_id, str(image)))
-        self._images[content_id] = image
+    async def load(
+        self, content_id: str, image: Path, drafts: Mapping[str, AdapterFile] = _NO_DRAFTS
+    ) -> None:
+        """Let requests have the adapter whose image is at `image`, and `drafts` go with it from now on. Raises what
+        the engine found wrong with them, or `EngineDead`; they are then unknown as before."""
+        await self._ask(lambda ticket: LoadAdapter(ticket, content_id, str(image), dict(drafts)))
+        self.expect(content_id, image, drafts)
         self._refusals.pop(content_id, None)
 
     async def pin(self, content_id: str, on: bool) -> None:

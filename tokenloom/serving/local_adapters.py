@@ -49,7 +49,11 @@ class LocalAdapters:
         try:
             self._offer(prepared)
             library.registry.set(
-                name, prepared.content_id, source=os.path.abspath(directory), base_model_name=base
+                name,
+                prepared.content_id,
+                source=os.path.abspath(directory),
+                base_model_name=base,
+                drafts=prepared.draft_contents,
             )
         except BaseException:
             self._drop(prepared)
@@ -89,10 +93,11 @@ class LocalAdapters:
             self._library.close()
 
     def _at(self, path: str) -> str:
-        found, before = stamp(Path(path)), self._paths.get(path)
+        packer = self._open().packer
+        found, before = stamp(Path(path), tuple(packer.drafts)), self._paths.get(path)
         if before is not None and before[0] == found:
             return before[1].content_id
-        prepared, _ = self._open().packer.prepare(path)
+        prepared, _ = packer.prepare(path)
         self._offer(prepared)
         self._paths[path] = found, prepared
         if before is not None:
@@ -127,14 +132,18 @@ class LocalAdapters:
                 self.load(name, Path(options.adapter_dir, name))
 
     def _offer(self, prepared: PreparedAdapter) -> None:
-        offer_adapter(self._engine, self._host, prepared.content_id, prepared.image)
+        image, drafts = prepared.image, prepared.draft_files
+        offer_adapter(self._engine, self._host, prepared.content_id, image, drafts)
 
     def _drop(self, prepared: PreparedAdapter | None) -> None:
-        """Forget the content that a name or path had, if it was its last."""
+        """Forget those contents that a name or path had, of which it was the last."""
+        if prepared is None:
+            return
         held = {*self._names.values(), *(entry for _, entry in self._paths.values())}
-        if prepared is not None and prepared not in held:
+        if all(other.content_id != prepared.content_id for other in held):
             self._engine.adapters.retire(prepared.content_id)
-            self._open().packer.discard(prepared.content_id)
+        for content_id in set(prepared.contents).difference(*(other.contents for other in held)):
+            self._open().packer.discard(content_id)
 
     def _unknown(self, name: str) -> TokenloomError:
         known = ", ".join(self.names()) or "none"

@@ -28,6 +28,7 @@ from tokenloom.errors import (
     TokenloomError,
     UnsupportedFeature,
 )
+from tokenloom.runtime.adapter_host import AdapterFile
 from tokenloom.serving.client import ModelCard
 
 MAX_FRAME_BYTES: Final = 64 << 20
@@ -63,11 +64,13 @@ class Cancel(msgspec.Struct, tag="cancel", array_like=True, frozen=True):
 
 
 class LoadAdapter(msgspec.Struct, tag="load_adapter", array_like=True, frozen=True):
-    """Requests may have the adapter of this content from now on; its image is the file at `path`."""
+    """Requests may have the adapter of this content from now on; its image is the file at `path`. `drafts` are the
+    adapters of draft models that go with it, by the names of these."""
 
     ticket: int
     content_id: str
     path: str
+    drafts: dict[str, AdapterFile] = {}
 
 
 class RetireAdapter(msgspec.Struct, tag="retire_adapter", array_like=True, frozen=True):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -80,9 +81,8 @@ class PackerClient:
                     self._timer.start()
         if isinstance(answer, Refused):
             raise rebuild_error(answer.error)
-        image = self._packer.image_path(answer.content_id)
-        prepared = PreparedAdapter(answer.content_id, answer.rank, answer.num_bytes, answer.num_pages, image)
-        return prepared, answer.base_model_name
+        drafts = [(name, _prepared(self._packer.drafts[name], part)) for name, part in answer.drafts.items()]
+        return replace(_prepared(self._packer, answer), drafts=tuple(drafts)), answer.base_model_name
 
     def close(self) -> None:
         """End the process; who waits for it gets an error."""
@@ -145,7 +145,9 @@ class PackerClient:
                     f"the process that prepares adapters cannot be started: {error}"
                 ) from None
         _be_idle(process.pid)
-        start = PackerStart(self._packer.target, str(self._packer.directory), self._packer.layout)
+        packer = self._packer
+        drafts = {name: draft.target for name, draft in packer.drafts.items()}
+        start = PackerStart(packer.target, str(packer.directory), packer.layouts, drafts)
         if process.stdin is not None:
             with contextlib.suppress(OSError):  # It has died, which the next line will tell.
                 process.stdin.write(encode_line(start))
@@ -173,6 +175,11 @@ class PackerClient:
                 self._end()
             finally:
                 self._turn.release()
+
+
+def _prepared(packer: AdapterPacker, answer: Packed) -> PreparedAdapter:
+    image = packer.image_path(answer.content_id)
+    return PreparedAdapter(answer.content_id, answer.rank, answer.num_bytes, answer.num_pages, image)
 
 
 def _be_idle(process_id: int) -> None:

@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 import msgspec
 
 from tokenloom.errors import ModelError, TokenloomError
+from tokenloom.kernels.program import Program
 from tokenloom.models.loading import describe_model
-from tokenloom.serving.adapter_packer import AdapterPacker, PackingTarget
+from tokenloom.serving.adapter_packer import AdapterPacker, PackingTarget, PreparedAdapter
 from tokenloom.serving.messages import ErrorBody, error_body
 
 log = logging.getLogger(__name__)
@@ -29,21 +30,24 @@ _T = TypeVar("_T")
 
 
 class PackerStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What to pack for, where to, and the layout of images that the parent expects."""
+    """What to pack for, where to, and the layouts of images that the parent expects; `drafts` are the draft models of
+    the target, by name."""
 
     target: PackingTarget
     directory: str
-    layout: str
+    layouts: str
+    drafts: dict[str, PackingTarget] = {}
 
 
 class Packed(msgspec.Struct, tag="packed", frozen=True, forbid_unknown_fields=True):
-    """As `PreparedAdapter`, and what the adapter says its base model is called."""
+    """As `PreparedAdapter`, and what the adapter says its base model is called; `drafts` say of theirs nothing else."""
 
     content_id: str
     rank: int
     num_bytes: int
     num_pages: int
-    base_model_name: str | None
+    base_model_name: str | None = None
+    drafts: dict[str, Packed] = {}
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True, forbid_unknown_fields=True):
@@ -80,7 +84,8 @@ def main() -> int:
         try:
             packer = packer or _make(start)
             prepared, base = packer.prepare(directory)
-            answer = Packed(prepared.content_id, prepared.rank, prepared.num_bytes, prepared.num_pages, base)
+            drafts = {name: _answer(found) for name, found in prepared.drafts}
+            answer = _answer(prepared, base, drafts)
         except TokenloomError as error:
             answer = Refused(error_body(error))
         except Exception as error:
@@ -98,16 +103,28 @@ def _read(lines: queue.SimpleQueue[bytes]) -> None:
     os._exit(0)
 
 
+def _answer(
+    prepared: PreparedAdapter, base: str | None = None, drafts: dict[str, Packed] | None = None
+) -> Packed:
+    return Packed(
+        prepared.content_id, prepared.rank, prepared.num_bytes, prepared.num_pages, base, drafts or {}
+    )
+
+
 def _make(start: PackerStart) -> AdapterPacker:
-    target = start.target
-    described = describe_model(target.model, max_context=target.max_context, weights=target.weights)
-    packer = AdapterPacker(target, described.program, Path(start.directory))
-    if packer.layout != start.layout:
+    drafts = {name: (target, _program(target)) for name, target in start.drafts.items()}
+    packer = AdapterPacker(start.target, _program(start.target), Path(start.directory), drafts)
+    if packer.layouts != start.layouts:
+        models = ", ".join(target.model for target in (start.target, *start.drafts.values()))
         raise ModelError(
-            f"other layers in {target.model} than when the server started",
+            f"other layers in {models} than when the server started",
             "a model whose files stay as they are; start the server again",
         )
     return packer
+
+
+def _program(target: PackingTarget) -> Program:
+    return describe_model(target.model, max_context=target.max_context, weights=target.weights).program
 
 
 if __name__ == "__main__":

@@ -137,7 +137,8 @@ class StepLoop:
     def _handle_adapter(self, command: LoadAdapter | PinAdapter) -> None:
         try:
             if isinstance(command, LoadAdapter):
-                offer_adapter(self.engine, self.adapters, command.content_id, Path(command.path))
+                path = Path(command.path)
+                offer_adapter(self.engine, self.adapters, command.content_id, path, command.drafts)
             else:
                 self.engine.pin_adapter(command.content_id, command.on)
         except Exception as error:

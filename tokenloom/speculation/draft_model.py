@@ -31,7 +31,7 @@ MAX_FAILURES: Final = 3
 """Failed calls in a row after which a draft model is not asked again."""
 
 
-def no_adapter(seq: Sequence) -> DraftAdapter:
+def no_adapter(seq: Sequence) -> DraftAdapter | None:
     """The draft as it is, whatever adapter the target has."""
     return DraftAdapter()
 
@@ -64,8 +64,8 @@ class DraftModel:
     `executor` computes the draft, whose KV pages are those of `pages`. `identity` names everything that its K and V
     depend on (model, numerics). `vocab_size` bounds the tokens that the draft knows, `target_vocab_size` those that
     may be proposed. At most `max_rows` committed tokens are computed per call; sequences that lack more get no
-    proposal until they have caught up. `adapter_of` says with which adapter of the draft a sequence is computed,
-    and `free_frame` may make somebody else give a frame to the pool (returns whether one did).
+    proposal until they have caught up. `adapter_of` says with which adapter of the draft a sequence is computed (None:
+    not in this call), and `free_frame` may make somebody else give a frame to the pool (returns whether one did).
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class DraftModel:
         target_vocab_size: int,
         max_context: int,
         max_rows: int = 512,
-        adapter_of: Callable[[Sequence], DraftAdapter] = no_adapter,
+        adapter_of: Callable[[Sequence], DraftAdapter | None] = no_adapter,
         free_frame: Callable[[], bool] = no_frame,
         prefix_cache: bool = True,
         debug: bool = False,
@@ -111,6 +111,16 @@ class DraftModel:
     def is_off(self) -> bool:
         """Whether the draft failed so often that it is not asked any more."""
         return self._failures >= MAX_FAILURES
+
+    @property
+    def is_calling(self) -> bool:
+        """Whether a call goes on."""
+        return self._is_calling
+
+    @property
+    def executor(self) -> LocalExecutor:
+        """What computes the draft."""
+        return self._executor
 
     def propose(self, wanted: Seq[Wanted]) -> list[Proposal]:
         """Never raises: an error of the draft costs its state, and the proposals of this call."""
@@ -213,11 +223,14 @@ class DraftModel:
         return jobs
 
     def _state(self, seq: Sequence, call: int) -> DraftState | None:
-        """The state of a sequence, now the latest; None, and nothing is kept, where the draft cannot follow it."""
+        """The state of a sequence, now the latest; None where the draft cannot follow it, and nothing is kept, or
+        waits for its adapter."""
         if len(seq.tokens) > self.max_context:
             self.forget(seq)
             return None
         adapter = self.adapter_of(seq)
+        if adapter is None:
+            return None
         state = self._states.pop(seq, None)
         if state is not None and state.adapter.content != adapter.content:
             self.cache.release(state.pages)

@@ -143,7 +143,7 @@ def load_draft(
     target_vocab_size: int,
     name: str = "draft",
     pool: Any = None,
-    adapter_of: Callable[[Sequence], DraftAdapter] = no_adapter,
+    adapter_of: Callable[[Sequence], DraftAdapter | None] = no_adapter,
     free_frame: Callable[[], bool] = no_frame,
     prefix_cache: bool = True,
     progress: ProgressListener | None = None,
