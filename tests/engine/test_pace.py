@@ -9,17 +9,14 @@ import numpy as np
 import pytest
 
 from tests.engine.test_tree_selection import beams, grow, random_tree
-from tokenloom.engine.policies.acceptance import AcceptanceTable
 from tokenloom.engine.policies.latency_curve import LatencyCurve
 from tokenloom.engine.policies.pace import (
-    LEVEL_PRIOR,
     DraftGate,
     Needs,
     Pace,
     ShapeRule,
     TimePrice,
     choose_budget,
-    expected_gains,
     needs_of,
 )
 from tokenloom.engine.policies.tree_selection import RankedTrees
@@ -196,24 +193,6 @@ def test_no_trees_and_no_requests() -> None:
     curve = curve_of(MEMORY_BOUND)
     assert choose_budget(RankedTrees([TokenTree(), TokenTree()]), curve, 0, limit=100).rows == 2
     assert choose_budget(RankedTrees([]), curve, 0, limit=100).rows == 0
-
-
-def levels(chance: float) -> AcceptanceTable:
-    table = AcceptanceTable()
-    rng = random.Random(1)
-    for _ in range(4000):
-        for level in range(8):
-            taken = rng.random() < chance
-            table.observe(0, "", level, LEVEL_PRIOR, taken)
-            if not taken:
-                break
-    return table
-
-
-def test_gains_of_levels_are_what_was_observed() -> None:
-    gains = expected_gains(levels(0.7), 0, "", 6)
-    assert gains == pytest.approx([0.7**level for level in range(1, 7)], abs=0.05)
-    assert expected_gains(AcceptanceTable(), 0, "", 3) == pytest.approx([0.6, 0.36, 0.216])
 
 
 def test_with_a_price_the_depth_has_the_best_surplus() -> None:

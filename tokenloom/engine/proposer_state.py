@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from typing import Final
+
 from tokenloom.engine.policies.pace import DraftGate
 from tokenloom.engine.proposer import Proposer
+from tokenloom.engine.sequence import Sequence
+from tokenloom.engine.token_tree import TokenTree
 
 REST = 16
 """Steps for which a proposer that does not pay is left alone: asking whether it does costs something too."""
@@ -11,9 +17,14 @@ REST = 16
 LOOK_DEEPER = 8
 """Calls after which a proposer is asked for a level more than seems to pay."""
 
+_PRIOR: Final = 0.6
+_PULL: Final = 8
+_SHARE: Final = 0.03
+_TRY_SHARE: Final = 0.15
+
 
 class ProposerState:
-    """A proposer, whether it pays, and what its proposals cost."""
+    """A proposer, whether it pays, what its proposals cost and what each of their levels brings."""
 
     def __init__(self, proposer: Proposer) -> None:
         self.proposer = proposer
@@ -21,15 +32,30 @@ class ProposerState:
         self.calls = 0
         self._costs: dict[int, float] = {}
         self.failed = False
+        self._rest = REST
         self.rested = 0
         """Steps since it was last found not to pay; 0: it pays, as far as is known."""
+        self.asked = 0
+        """Levels that it was asked for in this step; 0: it was not asked."""
+        self.known = 0
+        """How many of those are asked for all the time. The others are tries, which are rare: they count for more, or a
+        draft that has become good would stay off for long."""
+        self._values = [_PRIOR]
+        self._rows = [1.0]
+        self._steps = [0]
 
     def rests(self) -> bool:
         """Whether it is left alone in this step."""
-        if 0 < self.rested < REST:
+        if 0 < self.rested < self._rest:
             self.rested += 1
             return True
         return self.failed
+
+    def pause(self, is_long: bool) -> None:
+        """It does not pay in this step, which is the first of a rest. One that is not `is_long` ends with it: beside
+        the rows of prompts every row costs, and the next step may be another matter."""
+        self.rested = 1
+        self._rest = REST if is_long else 1
 
     def took(self, levels: int, seconds: float) -> None:
         """A call for `levels` levels took `seconds`. Calls in which a draft model reads a prompt take much longer:
@@ -51,3 +77,64 @@ class ProposerState:
             found = self._costs.get(level, max(costs[-1], scaled))
             costs.append(found if level == 1 else min(found, costs[-1] * level / (level - 1)))
         return costs
+
+    def levels(self, most: int) -> tuple[list[float], list[float]]:
+        """Of each level from the first to `most`, per request: the tokens that it brings, weighed by the needs, and the
+        rows of it that are verified. Levels that were never asked for fall off as the last one did."""
+        values, rows = self._values[:most], self._rows[:most]
+        while len(values) < most:
+            above = values[-2] if len(values) > 1 else 1.0
+            values.append(values[-1] * min(1.0, values[-1] / above) if above > 0 else 0.0)
+            rows.append(rows[-1])
+        return values, rows
+
+    def learn(self, values: Seq[float], rows: Seq[int], requests: int) -> None:
+        """The levels that were asked for in this step (at least one) brought `values` and took `rows`, of all
+        `requests` (at least one) together."""
+        depth = len(values)
+        most = max(depth, len(self._values))
+        self._values, self._rows = self.levels(most)
+        self._steps += [0] * (most - len(self._steps))
+        last, last_rows = self._values[depth - 1], self._rows[depth - 1]
+        for level in range(depth):
+            # What was assumed before the first step counts for `_PULL` steps.
+            share = max(_SHARE if level < self.known else _TRY_SHARE, 1 / (self._steps[level] + _PULL))
+            self._steps[level] += 1
+            self._values[level] += (values[level] / requests - self._values[level]) * share
+            self._rows[level] += (rows[level] / requests - self._rows[level]) * share
+        # What was not drafted keeps its share of the last level that was.
+        for level in range(depth, most):
+            self._values[level] *= self._values[depth - 1] / last if last > 0 else 0.0
+            self._rows[level] *= self._rows[depth - 1] / last_rows if last_rows > 0 else 0.0
+
+
+def learn_levels(
+    sources: Seq[ProposerState],
+    trees: Mapping[Sequence, TokenTree],
+    accepted: Mapping[Sequence, Seq[int]],
+    needs: Mapping[Sequence, float],
+    boost: float,
+    requests: int,
+) -> None:
+    """Tell `sources` what the levels that they were asked for in this step brought, and in how many rows.
+
+    Of all `requests` that they were asked for, those of `trees` had something verified; `accepted` are the nodes that
+    became tokens. A token within what a request needs counts `boost` times.
+    """
+    if not any(source.asked for source in sources):
+        return
+    values = [[0.0] * source.asked for source in sources]
+    rows = [[0] * source.asked for source in sources]
+    for seq, tree in trees.items():
+        depths = tree.depths()
+        for depth, features in zip(depths, tree.features, strict=True):
+            for number, _, _ in features:
+                rows[number][depth - 1] += 1
+        need = needs.get(seq, 0.0)
+        for node in accepted.get(seq, ()):
+            depth = depths[node]
+            for number, _, _ in tree.features[node]:
+                values[number][depth - 1] += boost if need > depth else 1.0
+    for source, brought, verified in zip(sources, values, rows, strict=True):
+        if source.asked:
+            source.learn(brought, verified, requests)

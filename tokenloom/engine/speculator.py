@@ -12,7 +12,7 @@ import logging
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from math import inf
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from tokenloom.clock import Clock, MonotonicClock
 from tokenloom.engine.batch import PAGE_SIZE, Executor, StepResult, TokenBatch
@@ -20,22 +20,24 @@ from tokenloom.engine.plan import PlaceCounts, Plan, StepSpeculation
 from tokenloom.engine.policies.acceptance import AcceptanceTable
 from tokenloom.engine.policies.latency_curve import LatencyCurve
 from tokenloom.engine.policies.pace import (
-    LEVEL_PRIOR,
+    Needs,
     Pace,
     ShapeRule,
     TimePrice,
     choose_budget,
-    expected_gains,
     needs_of,
 )
 from tokenloom.engine.policies.tree_selection import FULL, RankedTrees, SelectionPolicy
 from tokenloom.engine.proposer import Proposal, Proposer, Wanted
-from tokenloom.engine.proposer_state import LOOK_DEEPER, REST, ProposerState
+from tokenloom.engine.proposer_state import LOOK_DEEPER, REST, ProposerState, learn_levels
 from tokenloom.engine.request import Request
 from tokenloom.engine.scheduler import Scheduler
 from tokenloom.engine.sequence import Sequence
 from tokenloom.engine.token_tree import MAX_NODES, ROOT, TokenTree, merge
 from tokenloom.errors import UnsupportedFeature
+
+_HOPE: Final = 3.0
+"""Tokens a step that a request may hope for at best, when the question is whether its SLO can still be kept."""
 
 log = logging.getLogger(__name__)
 
@@ -109,17 +111,26 @@ class Speculator:
         self._judge = judge
         self._step = StepSpeculation()
         self._step_places: dict[tuple[str, str, int], Acceptance] = {}
-        self._levels = AcceptanceTable(ranks=MAX_NODES)
         self._clock = clock or MonotonicClock()
-        self._shapes = ShapeRule(max_depth=self.limits.max_depth, max_width=self.limits.width)
+        self._shapes = ShapeRule(
+            verify_rows=2 * self.limits.max_rows,
+            max_depth=self.limits.max_depth,
+            max_width=self.limits.width,
+        )
+        policy = self.limits.selection
+        self._boost = policy.boost if policy.serve_needs and policy.boost < inf else 1.0
+        """Weight of a token that a need asks for; where needs go first whatever they cost, nothing is weighed."""
         self._paces: dict[Sequence, Pace] = {}
+        self._decoding: list[Sequence] = []
+        """Of this step; `_wanted` are those that may be given a tree."""
+        self._wanted: list[Sequence] = []
+        self._wish: Needs | None = None
+        """What those of `_wanted` need in this step; None if nobody has an SLO."""
         self._keys = 0
         self._propose_seconds = 0.0
         self._asked_seconds = self._chosen_seconds = 0.0
         self._own_seconds = 0.0
         """What choosing and learning take in a step with trees, on average."""
-        self._rows_of_level = 1.0
-        """Rows that are verified for each level of a tree, on average."""
 
     def check_request(self, request: Request) -> None:
         """Raise `UnsupportedFeature` for a request that needs a judge where there is none."""
@@ -139,22 +150,27 @@ class Speculator:
         self._propose_seconds = 0.0
         self._step = StepSpeculation()
         self._step_places.clear()
+        self._wish = None
+        for source in self.sources:
+            source.asked = 0
         decoding = [
             run.seq
             for run in plan.runs
             if run.end - run.start == 1 and run.end == len(run.seq.tokens) and run.seq.num_output
         ]
+        self._decoding = decoding
         if not decoding:
             return
+        for seq in decoding:
+            self._pace_of(seq).begin(plan.now)
+        self._wanted = wanted = [seq for seq in decoding if seq.max_length - len(seq.tokens) > 1]
+        self._wish_for(plan, wanted)
         awake = [number for number, source in enumerate(self.sources) if not source.rests()]
         if not awake:
             self.stats.skipped += 1
             self._step.skipped = True
             return
-        for seq in decoding:
-            self._pace_of(seq).begin(plan.now)
         room = min(self.limits.max_rows, scheduler.budget.max_batch_tokens - plan.num_rows)
-        wanted = [seq for seq in decoding if seq.max_length - len(seq.tokens) > 1]
         shares = self._shares(scheduler, wanted, room)
         trees = self._trees(plan, wanted, awake, room, shares) if wanted and room > 0 else []
         if any(len(tree) for tree in trees):
@@ -168,6 +184,15 @@ class Speculator:
         else:
             self.stats.skipped += 1
             self._step.skipped = True
+
+    def _wish_for(self, plan: Plan, wanted: list[Sequence]) -> None:
+        """What each of `wanted` needs in this step, if anybody has an SLO that counts."""
+        paces = [self._paces[seq] for seq in wanted]
+        if not self.limits.selection.serve_needs or all(pace.tpot == inf for pace in paces):
+            return
+        remaining = [seq.max_length - len(seq.tokens) for seq in wanted]
+        fastest = self.curve.seconds(plan.num_rows, self._keys) / _HOPE
+        self._wish = needs_of(paces, plan.now, MAX_NODES, remaining, fastest)
 
     def _shares(self, scheduler: Scheduler, wanted: list[Sequence], room: int) -> dict[Sequence, int]:
         """Nodes that each proposer may draw for sequences that are judged; there are rows and slots for them.
@@ -195,7 +220,7 @@ class Speculator:
             source = self.sources[number]
             depth, width = self._shape(number, plan, wanted)
             if depth == 0:
-                source.rested = 1
+                source.pause(is_long=plan.num_rows == len(self._decoding))
                 continue
             source.rested = 0
             asked = [
@@ -219,6 +244,7 @@ class Speculator:
             seconds = self._clock.now() - before
             self._asked_seconds += seconds
             source.took(depth, seconds)
+            source.asked = depth
             for part, tree in zip(parts, trees, strict=True):
                 part.append(tree)
         merged = [_best(merge(part), self.limits.max_nodes) for part in parts]
@@ -231,20 +257,20 @@ class Speculator:
         if limits.pace == "fixed":
             return limits.max_depth, limits.width
         most, width = self._shapes.shape(len(wanted))
-        adapters = {_learned_as(seq) for seq in wanted}
-        gains = [expected_gains(self._levels, number, adapter, most) for adapter in adapters]
         source = self.sources[number]
+        values, rows = source.levels(most)
         depth = source.gate.depth(
-            [sum(level) / len(gains) for level in zip(*gains, strict=True)],
+            values,
             self.curve,
             self._keys,
             requests=len(wanted),
             other_rows=plan.num_rows - len(wanted),
             level_seconds=[cost + self._own_seconds * (cost > 0) for cost in source.costs(most)],
-            rows=[self._rows_of_level] * most,
+            rows=rows,
             steps=max(source.rested, 1),
             price=self.price.rate,
         )
+        source.known = 0 if source.rested else depth
         source.calls += depth > 0
         if depth and source.calls % LOOK_DEEPER == 0:
             # How often a level comes true is only learned where it is drafted.
@@ -296,10 +322,9 @@ class Speculator:
         if self.limits.pace == "adaptive" and (
             not self.curve.known or self.curve.has_seen(whole + other_rows)
         ):
-            paces = [self._pace_of(seq) for seq in wanted]
-            depth = max(max(tree.depths(), default=0) for tree in trees)
-            remaining = [seq.max_length - len(seq.tokens) for seq in wanted]
-            wish = needs_of(paces, plan.now, depth, remaining)
+            wish = self._wish
+            if wish is not None:
+                wish = wish._replace(most=1.0 + max(max(tree.depths(), default=0) for tree in trees))
             budget, seconds = choose_budget(
                 ranked,
                 self.curve,
@@ -308,10 +333,10 @@ class Speculator:
                 other_rows=other_rows,
                 overhead=self._propose_seconds,
                 needs=wish,
-                boost=self.limits.selection.boost,
+                boost=self._boost,
                 price=self.price.rate,
             )
-            needs = wish.at(seconds)
+            needs = wish.at(seconds) if wish is not None else None
         chosen = ranked.select(budget, needs, self.limits.selection)
         for seq, tree, nodes in zip(wanted, trees, chosen, strict=True):
             if tree.draws:
@@ -344,18 +369,23 @@ class Speculator:
         if not self.sources:
             return
         began = self._clock.now()
+        took = seconds + self._propose_seconds
+        needs: dict[Sequence, float] = {}
+        if self._wish is not None:
+            needs = dict(zip(self._wanted, self._wish.at(took).tolist(), strict=True))
         if plan.trees:
             self._count(plan, accepted, seconds)
+        if self.limits.pace == "adaptive":
+            learn_levels(self.sources, plan.trees, accepted, needs, self._boost, len(self._wanted))
         if plan.trees or self.stats.skipped % REST == 0 or not self.curve.known:
             self.curve.observe(plan.num_rows, self._keys, seconds)
-        roots, worth = 0, 0.0
-        for seq, _, end in plan.runs:
-            if seq in self._paces and end > seq.num_prompt:
-                tokens = 1 + len(accepted.get(seq, ()))
+        worth = 0.0
+        for seq in self._decoding:
+            tokens = 1 + len(accepted.get(seq, ()))
+            worth += tokens + (self._boost - 1) * min(tokens, max(needs.get(seq, 0.0), 0.0))
+            if seq in self._paces:  # whoever has ended is forgotten already
                 self._paces[seq].produced += tokens
-                is_promised = self._paces[seq].tpot < inf and self.limits.selection.boost < inf
-                worth += tokens * (self.limits.selection.boost if is_promised else 1.0)
-                roots += 1
+        roots = len(self._decoding)
         if roots and self.curve.known:
             verified = roots + sum(len(tree) for tree in plan.trees.values())
             alone = min(self.curve.seconds(verified, self._keys), seconds)
@@ -378,8 +408,6 @@ class Speculator:
                 step.accepted_by_depth[depth] += 1
             depths = tree.depths()
             self._learn(seq, tree, nodes, depths)
-            rows = len(tree) / max(depths)
-            self._rows_of_level += 0.05 * (rows - self._rows_of_level)
         step.num_trees = len(plan.trees)
         if self.curve.known:
             num_nodes = sum(len(tree) for tree in plan.trees.values())
@@ -404,7 +432,6 @@ class Speculator:
                 level = (number, depths[node])
                 levels[level] = levels.get(level, False) or hit
         for (number, depth), hit in levels.items():
-            self._levels.observe(number, adapter, depth - 1, LEVEL_PRIOR, hit)
             place = (self.sources[number].proposer.name, seq.request.adapter, depth)
             for places in (self.stats.by_place, self._step_places):
                 found = places.get(place)

@@ -26,9 +26,6 @@ class AcceptanceTable:
     all adapters, as if by `pull` further observations, and that one towards the confidence itself. A cell remembers
     about its last `window` observations, so that it follows a text that becomes harder. Ranks from `ranks` - 1 on
     share a cell. At most `max_adapters` pairs of proposer and adapter are kept, the last observed ones.
-
-    With a depth in place of the rank and one constant confidence as the prior it counts how often whole levels of a
-    proposer's trees are taken (`pace.expected_gains`).
     """
 
     def __init__(

@@ -15,13 +15,10 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenloom.engine.policies.acceptance import AcceptanceTable
 from tokenloom.engine.policies.latency_curve import LatencyCurve
 from tokenloom.engine.policies.tree_selection import RankedTrees
 
 _KEEP: Final = 0.95
-LEVEL_PRIOR: Final = 0.6
-"""How often a level of a draft is taken, before anything was observed."""
 
 
 @dataclass(slots=True)
@@ -185,20 +182,6 @@ def choose_budget(
     return Budget(roots + best, float(seconds[best]))
 
 
-def expected_gains(levels: AcceptanceTable, proposer: int, adapter: str, depth: int) -> list[float]:
-    """Expected tokens that each level of a draft adds, from the first to `depth`; falls from one to the next.
-
-    `levels` is a table of its own, with levels for ranks: `levels.observe(proposer, adapter, level - 1,
-    LEVEL_PRIOR, taken)` for each level that was drafted below a taken path.
-    """
-    gains: list[float] = []
-    reach = 1.0
-    for level in range(depth):
-        reach *= levels.chance(proposer, adapter, level, LEVEL_PRIOR)
-        gains.append(reach)
-    return gains
-
-
 class DraftGate:
     """How deep it pays to draft, decided before drafting; 0 where it does not pay.
 
@@ -225,11 +208,12 @@ class DraftGate:
     ) -> int:
         """Levels to draft for `requests` sequences in this step, at most len(gains).
 
-        `gains` are `expected_gains` (the mean over the requests); each level costs `level_seconds` of drafting (or, as
-        a sequence, drafting to each depth from 0 on costs so much) and `rows` of the target per request (one, if not
-        given: selection leaves out what is not worth it, so that it may be less); `steps` have passed since the last
-        call. The depth whose tokens are worth most above its seconds at `price` is taken, or with a price of 0 the one
-        with the most tokens a second; a curve that knows nothing yet asks for one level, which teaches it.
+        `gains` are the tokens that each level is expected to bring per request; each level costs `level_seconds` of
+        drafting (or, as a sequence, drafting to each depth from 0 on costs so much) and `rows` of the target per
+        request (one, if not given: selection leaves out what is not worth it, so that it may be less); `steps` have
+        passed since the last call. The depth whose tokens are worth most above its seconds at `price` is taken, or
+        with a price of 0 the one with the most tokens a second; a curve that knows nothing yet asks for one level,
+        which teaches it.
         """
         if not gains or requests < 1:
             return 0
