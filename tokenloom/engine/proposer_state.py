@@ -27,6 +27,7 @@ TRY_MEMORY = 64.0
 """Observations that all earlier ones count for where a proposer that does not pay is tried: the text may be another."""
 
 _PRIOR: Final = 0.6
+_PULL: Final = 8
 _SHARE: Final = 0.03
 _TRY_SHARE: Final = 0.15
 
@@ -53,6 +54,7 @@ class ProposerState:
         draft that has become good would stay off for long."""
         self._values = [_PRIOR]
         self._rows = [1.0]
+        self._steps = [0]
 
     def rests(self) -> bool:
         """Whether it is left alone in this step."""
@@ -119,14 +121,18 @@ class ProposerState:
         depth = len(values)
         most = max(depth, len(self._values))
         self._values, self._rows = self.levels(most)
-        last = self._values[depth - 1]
+        self._steps += [0] * (most - len(self._steps))
+        last, last_rows = self._values[depth - 1], self._rows[depth - 1]
         for level in range(depth):
-            share = _SHARE if level < self.known else _TRY_SHARE
+            # What was assumed before the first step counts for `_PULL` steps.
+            share = max(_SHARE if level < self.known else _TRY_SHARE, 1 / (self._steps[level] + _PULL))
+            self._steps[level] += 1
             self._values[level] += (values[level] / self.requests - self._values[level]) * share
             self._rows[level] += (rows[level] / self.requests - self._rows[level]) * share
         # What was not drafted keeps its share of the last level that was.
         for level in range(depth, most):
             self._values[level] *= self._values[depth - 1] / last if last > 0 else 0.0
+            self._rows[level] *= self._rows[depth - 1] / last_rows if last_rows > 0 else 0.0
 
 
 def learn_levels(
