@@ -85,6 +85,25 @@ def test_old_observations_are_forgotten() -> None:
     assert table.chance(0, "", 0, 0.5) < 0.05
 
 
+def test_what_is_old_gives_way_to_what_is_new() -> None:
+    faded, kept = AcceptanceTable(pull=0.0), AcceptanceTable(pull=0.0)
+    for table in (faded, kept):
+        for proposer in (0, 1):
+            for number in range(1000):
+                table.observe(proposer, "a", 0, 0.5, number % 4 == 0)
+    before = kept.chance(0, "a", 0, 0.5)
+    faded.fade(0, 64.0)
+    faded.fade(7, 64.0)
+    assert faded.chance(0, "a", 0, 0.5) == pytest.approx(before)
+    for table in (faded, kept):
+        for proposer in (0, 1):
+            for _ in range(64):
+                table.observe(proposer, "a", 0, 0.5, True)
+    # As many new ones as there are old ones count for half; another proposer's are as old as they were.
+    assert faded.chance(0, "a", 0, 0.5) == pytest.approx((before + 1) / 2, abs=0.02)
+    assert faded.chance(1, "a", 0, 0.5) == kept.chance(1, "a", 0, 0.5) == kept.chance(0, "a", 0, 0.5)
+
+
 def test_the_number_of_adapters_is_bounded_and_the_last_used_stay() -> None:
     table = AcceptanceTable(max_adapters=8)
     for i in range(1000):

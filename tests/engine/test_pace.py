@@ -245,9 +245,14 @@ def test_the_depth_is_the_best_of_all(chance: float, level_seconds: float) -> No
 def test_a_draft_that_does_not_pay_is_tried_seldom() -> None:
     gate, curve = DraftGate(), curve_of(MEMORY_BOUND)
     gains = [0.1, 0.01, 0.001]
-    depths = [gate.depth(gains, curve, 0, requests=1, other_rows=0, level_seconds=0.02) for _ in range(2000)]
+    depths, tries = [], 0
+    for _ in range(2000):
+        depths.append(gate.depth(gains, curve, 0, requests=1, other_rows=0, level_seconds=0.02))
+        tries += gate.is_trying
     probes = sum(depth > 0 for depth in depths)
-    assert probes >= 3
+    assert probes == tries >= 3
+    assert gate.depth([0.9] * 3, curve, 0, requests=1, other_rows=0, level_seconds=1e-9) == 3
+    assert not gate.is_trying
     assert probes * 0.02 <= 0.0051 * sum(0.03 for _ in depths)
 
 

@@ -221,6 +221,52 @@ def test_it_switches_itself_off_where_rows_are_dear_and_says_so() -> None:
     assert stats.skipped > 0.9 * (stats.skipped + stats.steps)
 
 
+@pytest.mark.parametrize("requests", [1, 8])
+def test_guesses_that_become_right_are_found_out(requests: int) -> None:
+    """A proposer that is always sure and never right is left alone, but not for ever: rows become cheap for it again
+    when what it says comes true."""
+    names = [f"r{i}" for i in range(requests)]
+
+    def begun(cost: CostModel) -> Engine:
+        engine = simulated_engine(max_running=8, num_pages=900, max_context=1600, cost=cost, debug=False)
+        for i, name in enumerate(names):
+            engine.add_request(request(name, range(4, 10), seed=i, max_tokens=1500))
+        return engine
+
+    cost = CostModel(memory_bound=0.0, per_row=0.0014, fixed=0.02)
+    texts = run(begun(cost))
+    turn = 500
+
+    def tell(want: Wanted) -> Proposal:
+        first = want.seq.num_output
+        text = texts[want.seq.request.request_id, 0][first : first + 5]
+        return Proposal(
+            [(token + (first < turn)) % 1000 for token in text],
+            list(range(-1, len(text) - 1)),
+            [0] * len(text),
+            [0.8] * len(text),
+        )
+
+    told = Told(tell)
+    engine = begun(cost)
+    engine.speculate(Speculator([told], SpeculationLimits(max_depth=5), engine.clock))
+    outputs: dict[tuple[str, int], list[int]] = {}
+    tokens: list[int] = []
+    asked = 0
+    while engine.has_work:
+        deltas = engine.step()
+        tokens.append(sum(len(delta.token_ids) for delta in deltas))
+        for delta in deltas:
+            outputs.setdefault((delta.request_id, delta.sample), []).extend(delta.token_ids)
+        if len(tokens) == turn:
+            asked = len(told.asked)
+    assert outputs == texts
+    # In the first half there is little to learn, and little is asked; in the second there are whole chains.
+    assert asked < turn * requests / 4
+    assert len(tokens) < turn + 1000 * 0.6
+    assert max(tokens[turn:]) == 6 * requests
+
+
 def test_it_stays_on_where_rows_are_free() -> None:
     engine = replayed(1.0, pace="adaptive", cost=CostModel(memory_bound=0.02, per_row=1e-7))
     records = records_of(engine)

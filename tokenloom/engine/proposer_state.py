@@ -11,6 +11,9 @@ REST = 16
 LOOK_DEEPER = 8
 """Calls after which a proposer is asked for a level more than seems to pay."""
 
+TRY_MEMORY = 64.0
+"""Observations that all earlier ones count for where a proposer that does not pay is tried: the text may be another."""
+
 
 class ProposerState:
     """A proposer, whether it pays, and what its proposals cost."""
@@ -23,6 +26,7 @@ class ProposerState:
         self.failed = False
         self.rested = 0
         """Steps since it was last found not to pay; 0: it pays, as far as is known."""
+        self._in_vain = 0
 
     def rests(self) -> bool:
         """Whether it is left alone in this step."""
@@ -30,6 +34,20 @@ class ProposerState:
             self.rested += 1
             return True
         return self.failed
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether nothing that it suggested was worth a row in `REST` steps in a row: it is only tried then."""
+        return self._in_vain >= REST
+
+    def asked(self, is_verified: bool) -> None:
+        """It suggested something, and whether anything was worth a row in that step. After a try it is asked once
+        more: then it is seen whether what the try has taught makes a difference."""
+        if is_verified:
+            self._in_vain = REST - 1 if self.gate.is_trying else 0
+        else:
+            self._in_vain += 1
+            self.rested = int(self.is_hopeless)
 
     def took(self, levels: int, seconds: float) -> None:
         """A call for `levels` levels took `seconds`. Calls in which a draft model reads a prompt take much longer:

@@ -30,7 +30,7 @@ from tokenloom.engine.policies.pace import (
 )
 from tokenloom.engine.policies.tree_selection import FULL, RankedTrees, SelectionPolicy
 from tokenloom.engine.proposer import Proposal, Proposer, Wanted
-from tokenloom.engine.proposer_state import LOOK_DEEPER, REST, ProposerState
+from tokenloom.engine.proposer_state import LOOK_DEEPER, REST, TRY_MEMORY, ProposerState
 from tokenloom.engine.request import Request
 from tokenloom.engine.scheduler import Scheduler
 from tokenloom.engine.sequence import Sequence
@@ -159,6 +159,9 @@ class Speculator:
         trees = self._trees(plan, wanted, awake, room, shares) if wanted and room > 0 else []
         if any(len(tree) for tree in trees):
             self._hang(plan, scheduler, wanted, trees, room)
+            for number in awake if self.limits.pace == "adaptive" else ():
+                if not self.sources[number].rested:
+                    self.sources[number].asked(bool(plan.trees))
         for seq in shares.keys() - plan.trees.keys():
             scheduler.cache.release(seq.truncate(len(seq.tokens)))
         if plan.trees:
@@ -220,6 +223,9 @@ class Speculator:
             self._asked_seconds += seconds
             source.took(depth, seconds)
             for part, tree in zip(parts, trees, strict=True):
+                if source.gate.is_trying:
+                    # By what is known of it, nothing would be verified, and that would never change.
+                    tree.chances[:] = [1.0] * len(tree)
                 part.append(tree)
         merged = [_best(merge(part), self.limits.max_nodes) for part in parts]
         self._propose_seconds = self._clock.now() - began
@@ -234,6 +240,8 @@ class Speculator:
         adapters = {_learned_as(seq) for seq in wanted}
         gains = [expected_gains(self._levels, number, adapter, most) for adapter in adapters]
         source = self.sources[number]
+        if source.is_hopeless:
+            gains = [[0.0] * most]
         depth = source.gate.depth(
             [sum(level) / len(gains) for level in zip(*gains, strict=True)],
             self.curve,
@@ -246,7 +254,10 @@ class Speculator:
             price=self.price.rate,
         )
         source.calls += depth > 0
-        if depth and source.calls % LOOK_DEEPER == 0:
+        if source.gate.is_trying:
+            for table in (self.chances, self._levels):
+                table.fade(number, TRY_MEMORY)
+        elif depth and source.calls % LOOK_DEEPER == 0:
             # How often a level comes true is only learned where it is drafted.
             depth = min(depth + 1, most)
         return depth, width

@@ -76,6 +76,15 @@ class AcceptanceTable:
         chance = self.chance
         return [chance(proposer, adapter, *node) for node in zip(ranks, confidences, strict=True)]
 
+    def fade(self, proposer: int, most: float) -> None:
+        """What is known of `proposer` is old: no cell counts for more than `most` observations from now on."""
+        tables = [self._shared.get(proposer), *(own for key, own in self._own.items() if key[0] == proposer)]
+        for table in tables:
+            for cell in range(0, len(table or ()), 2):
+                if table and table[cell + 1] > most:
+                    table[cell] *= most / table[cell + 1]
+                    table[cell + 1] = most
+
     def observe(self, proposer: int, adapter: str, rank: int, confidence: float, accepted: bool) -> None:
         """A node that was verified and whose parent was taken (or is the root) was taken itself, or was not.
 

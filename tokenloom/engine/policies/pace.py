@@ -209,6 +209,9 @@ class DraftGate:
     def __init__(self, probe_share: float = 0.005) -> None:
         self._probe_share = probe_share
         self._off_seconds = 0.0
+        self.is_trying = False
+        """Whether the last depth was not expected to pay: what is drafted then has to be verified, or nothing is
+        learned."""
 
     def depth(
         self,
@@ -231,6 +234,7 @@ class DraftGate:
         call. The depth whose tokens are worth most above its seconds at `price` is taken, or with a price of 0 the one
         with the most tokens a second; a curve that knows nothing yet asks for one level, which teaches it.
         """
+        self.is_trying = False
         if not gains or requests < 1:
             return 0
         if not curve.known:
@@ -252,4 +256,5 @@ class DraftGate:
         if self._off_seconds * self._probe_share < seconds[1] - seconds[0]:
             return 0
         self._off_seconds = 0.0
+        self.is_trying = True
         return 1
