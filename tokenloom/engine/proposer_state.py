@@ -11,6 +11,9 @@ REST = 16
 LOOK_DEEPER = 8
 """Calls after which a proposer is asked for a level more than seems to pay."""
 
+LONGEST_REST = 64
+"""The same for one that is found not to pay again and again."""
+
 TRY_MEMORY = 64.0
 """Observations that all earlier ones count for where a proposer that does not pay is tried: the text may be another."""
 
@@ -27,10 +30,11 @@ class ProposerState:
         self.rested = 0
         """Steps since it was last found not to pay; 0: it pays, as far as is known."""
         self._in_vain = 0
+        self._rest = REST
 
     def rests(self) -> bool:
         """Whether it is left alone in this step."""
-        if 0 < self.rested < REST:
+        if 0 < self.rested < self._rest:
             self.rested += 1
             return True
         return self.failed
@@ -45,9 +49,13 @@ class ProposerState:
         more: then it is seen whether what the try has taught makes a difference."""
         if is_verified:
             self._in_vain = REST - 1 if self.gate.is_trying else 0
-        else:
-            self._in_vain += 1
-            self.rested = int(self.is_hopeless)
+            if not self.gate.is_trying:
+                self._rest = REST
+            return
+        self._in_vain += 1
+        if self.is_hopeless:
+            self.rested = 1
+            self._rest = min(2 * self._rest, LONGEST_REST)
 
     def took(self, levels: int, seconds: float) -> None:
         """A call for `levels` levels took `seconds`. Calls in which a draft model reads a prompt take much longer:
