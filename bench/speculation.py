@@ -9,7 +9,9 @@ machine. The last line of `--json` is one JSON object with everything; tokens an
     equal      == of tokens and logprobs: no speculation against each proposer and all of them, batches of 1, 8, 64,
                with chunked prompts, prefix cache, tiny pools, cancels, masks and penalties at once
     replay     batch 1 on --model: a proposer that knows the text, by acceptance and shape of tree
-    batch16    16 sequences on --model: adaptive speculation against plain decoding, in alternating pairs
+    batch16    16 sequences on --model: adaptive speculation against plain decoding, step by step in turns
+    pace       1, 4 and 16 sequences on --model: the adaptive pace against every fixed length, likewise
+    ragged     what it costs that sequences accept different numbers of tokens, here and in a rectangular batch
     story      batch 1 on the embedded pair: the draft model, chains and trees
     copy       batch 1 on the embedded model: n-gram look-up where the output repeats the prompt
     slo        a simulation of requests with different paces (bench/slo_simulation.py)
@@ -30,12 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 
 import machine
 import variants
-from guessing import embedded, equality, replay
+from guessing import embedded, equality, pace, ragged, replay
 
 PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "equal": equality.measure_equal,
     "replay": replay.measure_replay,
     "batch16": replay.measure_batch16,
+    "pace": pace.measure_pace,
+    "ragged": ragged.measure_ragged,
     "story": embedded.measure_story,
     "copy": embedded.measure_copy,
 }
@@ -43,6 +47,9 @@ KEYS = {
     "outputs_equal": "equal",
     "speedup_replay07_batch1": "replay",
     "ratio_batch16_low": "batch16",
+    "ratio_batch16_switched_off_low": "batch16",
+    "adaptive_over_best_fixed_low": "pace",
+    "worst_realign_share": "ragged",
     "speedup_story_batch1": "story",
     "tokens_per_step_story": "story",
     "speedup_copy_batch1": "copy",
@@ -61,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--model",
         default="",
-        help="S, M, L of bench/peers or the directory of a checkpoint (replay, batch16)",
+        help="S, M, L of bench/peers or the directory of a checkpoint (replay, batch16, pace, ragged)",
     )
     add("--parts", default=",".join(PARTS), help="of " + ",".join(PARTS))
     add("--quick", action="store_true", help="few tokens, one round, on a noisy machine too")
@@ -69,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--tokens", type=Path, default=Path("bench/results/speculation-tokens.jsonl"))
     add("--prompts", type=Path, help="directory of prompts (.jsonl.gz) for equal; made-up ones otherwise")
     add("--rounds", type=int, help="3, or 1 with --quick")
-    add("--pairs", type=int, default=8, help="of batch16 (8)")
+    add("--pairs", type=int, default=24, help="rounds of batch16, three times those of pace (24)")
     add("--threads", type=int, default=2)
     add("--max-other", type=float, help="cores that others may use: 0.1; any with --quick")
     add("--attempts", type=int, default=3, help="tries at a measurement until it is undisturbed (3)")
@@ -79,6 +86,8 @@ def parse_arguments() -> argparse.Namespace:
     for part in args.parts:
         if part not in PARTS:
             parser.error(f"--parts: {part!r} is not one of {', '.join(PARTS)}")
+    if args.pairs < 1:
+        parser.error("--pairs must be above 0")
     args.rounds = args.rounds or (1 if args.quick else 3)
     args.max_other = (1e9 if args.quick else 0.1) if args.max_other is None else args.max_other
     if args.model:
