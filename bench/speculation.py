@@ -11,8 +11,15 @@ machine. The last line of `--json` is one JSON object with everything; tokens an
     equal      == of tokens and logprobs: no speculation against each proposer and all of them, batches of 1, 8, 64,
                with chunked prompts, prefix cache, tiny pools, cancels, masks and penalties at once
     replay     batch 1 on --model: a proposer that knows the text, by acceptance and shape of tree
+<<<<<<< HEAD
     batch16    16 sequences on --model: adaptive speculation against plain decoding, in alternating pairs
     story      batch 1 on the embedded pair or --target and --draft: the draft models, chains and trees
+=======
+    batch16    16 sequences on --model: adaptive speculation against plain decoding, step by step in turns
+    pace       1, 4 and 16 sequences on --model: the adaptive pace against every fixed length, likewise
+    ragged     what it costs that sequences accept different numbers of tokens, here and in a rectangular batch
+    story      batch 1 on the embedded pair: the draft model, chains and trees
+>>>>>>> bench7
     copy       batch 1 on the embedded model: n-gram look-up where the output repeats the prompt
     slo        a simulation of requests with different paces (bench/slo_simulation.py)
 
@@ -34,12 +41,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 
 import machine
 import variants
+<<<<<<< HEAD
 from guessing import embedded, equality, peer_engines, peers, replay
+=======
+from guessing import embedded, equality, pace, ragged, replay
+>>>>>>> bench7
 
 PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "equal": equality.measure_equal,
     "replay": replay.measure_replay,
     "batch16": replay.measure_batch16,
+    "pace": pace.measure_pace,
+    "ragged": ragged.measure_ragged,
     "story": embedded.measure_story,
     "copy": embedded.measure_copy,
 }
@@ -47,6 +60,9 @@ KEYS = {
     "outputs_equal": "equal",
     "speedup_replay07_batch1": "replay",
     "ratio_batch16_low": "batch16",
+    "ratio_batch16_switched_off_low": "batch16",
+    "adaptive_over_best_fixed_low": "pace",
+    "worst_realign_share": "ragged",
     "speedup_story_batch1": "story",
     "tokens_per_step_story": "story",
     "speedup_copy_batch1": "copy",
@@ -67,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--model",
         default="",
-        help="S, M, L of bench/peers or the directory of a checkpoint (replay, batch16)",
+        help="S, M, L of bench/peers or the directory of a checkpoint (replay, batch16, pace, ragged)",
     )
     add("--target", default="", help="directory of the target of story; the embedded one otherwise")
     add("--draft", default="", help="directories of its drafts, with commas; the embedded ones otherwise")
@@ -78,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--tokens", type=Path, default=Path("bench/results/speculation-tokens.jsonl"))
     add("--prompts", type=Path, help="directory of prompts (.jsonl.gz) for equal; made-up ones otherwise")
     add("--rounds", type=int, help="3, or 1 with --quick")
-    add("--pairs", type=int, default=8, help="of batch16 (8)")
+    add("--pairs", type=int, default=24, help="rounds of batch16, three times those of pace (24)")
     add("--threads", type=int, default=2)
     add("--max-other", type=float, help="cores that others may use: 0.1; any with --quick")
     add("--attempts", type=int, default=3, help="tries at a measurement until it is undisturbed (3)")
@@ -88,6 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     for part in args.parts:
         if part not in PARTS:
             parser.error(f"--parts: {part!r} is not one of {', '.join(PARTS)}")
+<<<<<<< HEAD
     if bool(args.target) != bool(args.draft):
         parser.error("--target and --draft: one was given without the other")
     if args.target and "story" not in args.parts:
@@ -98,6 +115,10 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--peers: {name!r} is not one of {', '.join(peer_engines.ENGINES)}")
         if missing := peer_engines.missing(name):
             parser.error(f"--peers: {name} is not installed (bench/peers/install.py does): no {missing}")
+=======
+    if args.pairs < 1:
+        parser.error("--pairs must be above 0")
+>>>>>>> bench7
     args.rounds = args.rounds or (1 if args.quick else 3)
     args.max_other = (1e9 if args.quick else 0.1) if args.max_other is None else args.max_other
     if args.model:

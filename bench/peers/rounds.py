@@ -89,10 +89,12 @@ class Rounds:
 
     def median(self, case: str, figure: str) -> float:
         """Over the undisturbed rounds; over all where there is none."""
+        return statistics.median(entry["figures"][figure] for entry in self.quiet(case))
+
+    def quiet(self, case: str) -> list[dict[str, Any]]:
+        """The undisturbed measurements of `case`; all where there is none."""
         entries = [entry for entry in self.entries if entry["case"] == case]
-        return statistics.median(
-            entry["figures"][figure] for entry in [e for e in entries if e["quiet"]] or entries
-        )
+        return [entry for entry in entries if entry["quiet"]] or entries
 
     def ratio(self, case: str, other: str, figure: str) -> float:
         """Median of the ratios of two cases of the same round, as the machine changes from minute to minute."""

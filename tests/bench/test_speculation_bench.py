@@ -35,7 +35,7 @@ def test_the_quick_mode_measures_every_part(repository: Path, tmp_path: Path) ->
     assert sum(case["accepted"] for case in found["parts"]["equal"]["cases"].values()) > 100
     for key in (
         "speedup_replay07_batch1",
-        "ratio_batch16_low",
+        "adaptive_over_best_fixed_low",
         "speedup_story_batch1",
         "speedup_copy_batch1",
     ):
@@ -43,6 +43,17 @@ def test_the_quick_mode_measures_every_part(repository: Path, tmp_path: Path) ->
     # What is counted and not timed is the same on every machine.
     assert found["tree_over_chain"] >= 1.15
     assert found["parts"]["replay"]["curve"]["chain7_0.7"]["tokens_per_step"] > 2
+    batch16 = found["parts"]["batch16"]
+    assert batch16["ratio_batch16"] > 0 and batch16["ratio_batch16_switched_off"] > 0
+    assert found["ratio_batch16_low"] < batch16["ratio_batch16"]
+    # Asking for what is dropped took four milliseconds here.
+    assert batch16["switched_off_us"] < 1500
+    (pace,) = found["parts"]["pace"]["cases"].values()
+    assert pace["best_fixed"] in (0, 2) and pace["ratios"] == [pace["ratio"]]
+    ragged = found["parts"]["ragged"]["models"]["embedded"]["cases"]
+    for name, case in ragged.items():
+        assert (case["realign_ms"] > 0) == name.endswith("tree")
+        assert (case["padded_ms"] > 0) == (case["grouped"] < 1) == name.startswith("batch4")
     lines = [json.loads(line) for line in tokens.read_text().splitlines()]
     assert len(lines) == 20 and all(line["tokens"] and line["logprobs"] for line in lines)
 
@@ -53,6 +64,7 @@ def test_unknown_parts_are_refused_by_name(repository: Path) -> None:
     assert "nothing" in shown.stderr
 
 
+<<<<<<< HEAD
 @pytest.mark.slow
 @pytest.mark.skipif(bool(extension.missing()), reason="the numpy reference would take minutes")
 def test_stories_of_another_pair(repository: Path, shared_data: Path) -> None:
@@ -82,3 +94,9 @@ def test_half_a_pair_is_refused_by_name(repository: Path, arguments: tuple[str, 
     shown = run(repository, *arguments)
     assert shown.returncode == 2
     assert "--target" in shown.stderr and named in shown.stderr
+=======
+def test_a_bound_of_no_rounds_is_refused(repository: Path) -> None:
+    shown = run(repository, "--parts", "pace", "--pairs", "0")
+    assert shown.returncode == 2
+    assert "--pairs must be above 0" in shown.stderr
+>>>>>>> bench7

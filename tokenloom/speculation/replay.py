@@ -5,9 +5,9 @@ For measurements and tests: what speculation gains at a given acceptance, whatev
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from hashlib import blake2b
 
 from tokenloom.engine.proposer import Proposal, Wanted
 from tokenloom.engine.sequence import Sequence
@@ -71,7 +71,9 @@ class ReplayProposer:
 
     def _right_rank(self, seq: Sequence, place: int) -> int:
         """The rank of the right token among the children at `place`; too high where none is right."""
-        drawn = random.Random(f"{self._seed}/{seq.request.request_id}/{seq.index}/{place}").random()
+        # A hash takes a seventh of the time that a seeded generator does, and what is proposed should cost nothing.
+        name = f"{self._seed}/{seq.request.request_id}/{seq.index}/{place}"
+        drawn = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little") / 2**64
         for rank, rate in enumerate(self._rates):
             drawn -= rate
             if drawn < 0:
