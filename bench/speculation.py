@@ -11,15 +11,12 @@ machine. The last line of `--json` is one JSON object with everything; tokens an
     equal      == of tokens and logprobs: no speculation against each proposer and all of them, batches of 1, 8, 64,
                with chunked prompts, prefix cache, tiny pools, cancels, masks and penalties at once
     replay     batch 1 on --model: a proposer that knows the text, by acceptance and shape of tree
-<<<<<<< HEAD
     batch16    16 sequences on --model: adaptive speculation against plain decoding, in alternating pairs
     story      batch 1 on the embedded pair or --target and --draft: the draft models, chains and trees
-=======
     batch16    16 sequences on --model: adaptive speculation against plain decoding, step by step in turns
     pace       1, 4 and 16 sequences on --model: the adaptive pace against every fixed length, likewise
     ragged     what it costs that sequences accept different numbers of tokens, here and in a rectangular batch
     story      batch 1 on the embedded pair: the draft model, chains and trees
->>>>>>> bench7
     copy       batch 1 on the embedded model: n-gram look-up where the output repeats the prompt
     slo        a simulation of requests with different paces (bench/slo_simulation.py)
 
@@ -41,11 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 
 import machine
 import variants
-<<<<<<< HEAD
-from guessing import embedded, equality, peer_engines, peers, replay
-=======
-from guessing import embedded, equality, pace, ragged, replay
->>>>>>> bench7
+from guessing import embedded, equality, pace, peer_engines, peers, ragged, replay
 
 PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "equal": equality.measure_equal,
@@ -104,7 +97,6 @@ def parse_arguments() -> argparse.Namespace:
     for part in args.parts:
         if part not in PARTS:
             parser.error(f"--parts: {part!r} is not one of {', '.join(PARTS)}")
-<<<<<<< HEAD
     if bool(args.target) != bool(args.draft):
         parser.error("--target and --draft: one was given without the other")
     if args.target and "story" not in args.parts:
@@ -115,10 +107,8 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--peers: {name!r} is not one of {', '.join(peer_engines.ENGINES)}")
         if missing := peer_engines.missing(name):
             parser.error(f"--peers: {name} is not installed (bench/peers/install.py does): no {missing}")
-=======
     if args.pairs < 1:
         parser.error("--pairs must be above 0")
->>>>>>> bench7
     args.rounds = args.rounds or (1 if args.quick else 3)
     args.max_other = (1e9 if args.quick else 0.1) if args.max_other is None else args.max_other
     if args.model:

@@ -64,7 +64,6 @@ def test_unknown_parts_are_refused_by_name(repository: Path) -> None:
     assert "nothing" in shown.stderr
 
 
-<<<<<<< HEAD
 @pytest.mark.slow
 @pytest.mark.skipif(bool(extension.missing()), reason="the numpy reference would take minutes")
 def test_stories_of_another_pair(repository: Path, shared_data: Path) -> None:
@@ -94,9 +93,9 @@ def test_half_a_pair_is_refused_by_name(repository: Path, arguments: tuple[str, 
     shown = run(repository, *arguments)
     assert shown.returncode == 2
     assert "--target" in shown.stderr and named in shown.stderr
-=======
+
+
 def test_a_bound_of_no_rounds_is_refused(repository: Path) -> None:
     shown = run(repository, "--parts", "pace", "--pairs", "0")
     assert shown.returncode == 2
     assert "--pairs must be above 0" in shown.stderr
->>>>>>> bench7
