@@ -11,12 +11,10 @@ machine. The last line of `--json` is one JSON object with everything; tokens an
     equal      == of tokens and logprobs: no speculation against each proposer and all of them, batches of 1, 8, 64,
                with chunked prompts, prefix cache, tiny pools, cancels, masks and penalties at once
     replay     batch 1 on --model: a proposer that knows the text, by acceptance and shape of tree
-    batch16    16 sequences on --model: adaptive speculation against plain decoding, in alternating pairs
-    story      batch 1 on the embedded pair or --target and --draft: the draft models, chains and trees
     batch16    16 sequences on --model: adaptive speculation against plain decoding, step by step in turns
     pace       1, 4 and 16 sequences on --model: the adaptive pace against every fixed length, likewise
     ragged     what it costs that sequences accept different numbers of tokens, here and in a rectangular batch
-    story      batch 1 on the embedded pair: the draft model, chains and trees
+    story      batch 1 on the embedded pair or --target and --draft: the draft models, chains and trees
     copy       batch 1 on the embedded model: n-gram look-up where the output repeats the prompt
     slo        a simulation of requests with different paces (bench/slo_simulation.py)
 

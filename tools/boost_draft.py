@@ -53,9 +53,9 @@ class BoostPlan:
     temperature: float = 0.8
     tokens_per_step: int = 2048
     first_epochs: int = 4
-    epochs: int = 3
+    epochs: int = 2
     first_rate: float = 1e-2
-    rate: float = 2e-3
+    rate: float = 5e-3
     hit_weight: float = 0.25
     seed: int = 1
 

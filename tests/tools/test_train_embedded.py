@@ -146,15 +146,6 @@ def test_resumed_training_gives_identical_weights(tmp_path: Path) -> None:
     assert not torch.equal(straight.master.embed, train.Trainer(TINY, _plan()).master.embed)
 
 
-def test_distillation_begins_at_its_step(tmp_path: Path) -> None:
-    batches = train.Batches(tmp_path, _plan(), _rows(tmp_path))
-    plan = replace(_plan(), distill=0.5, distill_after=0.25)
-    taught, alone = train.Trainer(TINY, plan, teacher=model.Llama(TINY, 7)), train.Trainer(TINY, plan)
-    for step in range(4):
-        same = taught.train_step(batches.step(step)) == alone.train_step(batches.step(step))
-        assert same == (step < 2)
-
-
 def test_losses_equal_autograd() -> None:
     torch.manual_seed(0)
     count = 2 * loss.CHUNK + 7

@@ -1,1 +1,1 @@
-"""Training of the embedded target and draft models (see docs/embedded-models.md)."""
+"""Training of the embedded target (see docs/embedded-models.md)."""

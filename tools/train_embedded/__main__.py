@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from . import corpus, data, nouns, report, sample_teacher, tokenizer
-from .model import CONFIGS, write_hf
+from .model import TARGET, write_hf
 from .train import TrainPlan, load_checkpoint
 from .train import run as run_training
 
@@ -58,31 +58,18 @@ def stage_data(args: argparse.Namespace) -> None:
 
 
 def stage_train(args: argparse.Namespace) -> None:
-    """Train ``--which`` (both, target first, if it is not given)."""
-    for which in (args.which,) if args.which else ("target", "draft"):
-        if which == "target":
-            plan = TrainPlan(steps=args.steps, seed=args.seed)
-        else:
-            plan = TrainPlan(
-                steps=args.draft_steps, tokens_per_step=4096, seed=args.seed, distill=args.distill
-            )
-        run_training(which, args.work, plan, args.compile)
+    """Train the target."""
+    run_training(args.work, TrainPlan(steps=args.steps, seed=args.seed), args.compile)
 
 
 def stage_export(args: argparse.Namespace) -> None:
-    """Write both models and the tokenizer in Hugging Face format under ``--out``."""
-    pieces = Tokenizer.from_file(str(args.work / "tokenizer.json"))
-    for which, config in CONFIGS.items():
-        checkpoint = args.work / which / "checkpoint.pt"
-        if not checkpoint.exists():
-            print(f"no checkpoint of the {which} yet")
-            continue
-        model, step = load_checkpoint(checkpoint, config)
-        folder = args.out / which
-        folder.mkdir(parents=True, exist_ok=True)
-        write_hf(model, folder)
-        tokenizer.write_files(pieces, folder, config.context)
-        print(f"{which}: step {step} written to {folder}")
+    """Write the target and its tokenizer in Hugging Face format under ``--out``."""
+    model, step = load_checkpoint(args.work / "target" / "checkpoint.pt", TARGET)
+    folder = args.out / "target"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_hf(model, folder)
+    tokenizer.write_files(Tokenizer.from_file(str(args.work / "tokenizer.json")), folder, TARGET.context)
+    print(f"step {step} written to {folder}")
 
 
 def stage_evaluate(args: argparse.Namespace) -> None:
@@ -110,15 +97,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--sample-tokens", type=int, default=5_500_000)
     out.add_argument("--real-epochs", type=int, default=5)
     out.add_argument("--sampled-epochs", type=int, default=4)
-    out.add_argument("--which", choices=tuple(CONFIGS), help="train only this model")
     out.add_argument("--steps", type=int, default=2780, help="steps of the target, 8,192 tokens each")
-    out.add_argument("--draft-steps", type=int, default=1100, help="steps of the draft, 4,096 tokens each")
-    out.add_argument(
-        "--distill",
-        type=float,
-        default=0.7,
-        help="share of the target in the draft's loss at its end",
-    )
     out.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler)")
     return out
 

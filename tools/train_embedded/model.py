@@ -39,7 +39,6 @@ TARGET = ModelConfig(hidden=256, layers=5, heads=4, kv_heads=2, ffn=704)
 DRAFT = ModelConfig(hidden=64, layers=3, heads=2, kv_heads=1, ffn=256)
 QUERY_BLOCK = 128
 FIXED = ("model_type", "head_dim", "hidden_act", "attention_bias", "mlp_bias", "tie_word_embeddings")
-CONFIGS = {"target": TARGET, "draft": DRAFT}
 
 
 def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:

@@ -56,9 +56,9 @@ def _points(log: Log, field: str, last: int) -> str:
     return " ".join(out)
 
 
-def svg(logs: dict[str, Log]) -> str:
-    """Held-out nats (full) and training loss (thin) over tokens, one colour for each model."""
-    last = max(log[-1]["tokens"] for log in logs.values() if log)
+def svg(log: Log) -> str:
+    """Held-out nats (full) and training loss (thin) over tokens."""
+    last = log[-1]["tokens"]
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
         f'font-size="12"><rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>'
@@ -68,16 +68,9 @@ def svg(logs: dict[str, Log]) -> str:
         y = HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * tick / 6
         parts.append(f'<line x1="{MARGIN}" x2="{WIDTH - MARGIN}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
         parts.append(f'<text x="{MARGIN - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.1f}</text>')
-    for (name, log), colour in zip(logs.items(), ("#1f5fa8", "#c2571a"), strict=False):
-        for field, width in (("loss", 0.8), ("held_out", 2.2)):
-            parts.append(
-                f'<polyline fill="none" stroke="{colour}" stroke-width="{width}" '
-                f'points="{_points(log, field, last)}"/>'
-            )
-        y = MARGIN + 16 * (1 + list(logs).index(name))
-        parts.append(
-            f'<text x="{WIDTH - MARGIN - 8}" y="{y}" text-anchor="end" fill="{colour}">{name}</text>'
-        )
+    for field, width in (("loss", 0.8), ("held_out", 2.2)):
+        points = _points(log, field, last)
+        parts.append(f'<polyline fill="none" stroke="#1f5fa8" stroke-width="{width}" points="{points}"/>')
     parts.append(
         f'<text x="{WIDTH / 2}" y="{HEIGHT - 10}" text-anchor="middle">tokens, 0 to {last / 1e6:.1f} million'
         f" (thick: held-out nats per token, thin: weighted training loss)</text></svg>"
@@ -86,9 +79,7 @@ def svg(logs: dict[str, Log]) -> str:
 
 
 def run(work: Path, target: Path) -> None:
-    """Print both tables and write the figure to ``target``."""
-    logs = {which: read_log(work / which / "log.jsonl") for which in ("target", "draft")}
-    for which, log in logs.items():
-        if log:
-            print(f"{which}: {json.dumps(summary(log))}\n\n{table(log, 250)}\n")
-    target.write_text(svg({which: log for which, log in logs.items() if log}))
+    """Print the table and write the figure to ``target``."""
+    log = read_log(work / "target" / "log.jsonl")
+    print(f"{json.dumps(summary(log))}\n\n{table(log, 250)}\n")
+    target.write_text(svg(log))

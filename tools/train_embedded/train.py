@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .data import WEIGHT_MARK, WEIGHT_ONE, DataPlan, Rows
-from .loss import TiedCrossEntropy, TiedDistillation
-from .model import CONFIGS, Llama, ModelConfig
+from .loss import TiedCrossEntropy
+from .model import TARGET, Llama, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,6 @@ class TrainPlan:
     polish_rate: float = 0.6
     mark_weight: float = 8.0
     finish_mark_weight: float = 30.0
-    distill: float = 0.0
-    distill_after: float = 0.7
     seed: int = 1
 
     @property
@@ -94,19 +92,16 @@ class Trainer:
         plan: TrainPlan,
         dtype: torch.dtype = torch.bfloat16,
         compiled: bool = False,
-        teacher: Llama | None = None,
         threads: int = 2,
     ) -> None:
         self.plan, self.dtype, self.step = plan, dtype, 0
         self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-        self.shapes: set[tuple[torch.Size, bool]] = set()
+        self.shapes: set[torch.Size] = set()
         self.master, self.worker = Llama(config, plan.seed), Llama(config, plan.seed).to(dtype)
-        self.teacher = teacher.to(dtype).eval() if teacher is not None else None
         if compiled:
             torch._dynamo.config.cache_size_limit = 64
-            for model in (self.worker, self.teacher):
-                for block in model.blocks if model is not None else ():
-                    block.forward = torch.compile(block.forward, dynamic=False)
+            for block in self.worker.blocks:
+                block.forward = torch.compile(block.forward, dynamic=False)
         matrices = [p for n, p in self.master.named_parameters() if p.ndim == 2 and n != "embed"]
         vectors = [p for p in self.master.parameters() if p.ndim == 1]
         adam = [
@@ -131,23 +126,11 @@ class Trainer:
         for source, copy in zip(self.master.parameters(), self.worker.parameters(), strict=True):
             copy.copy_(source)
 
-    def _share(self) -> float:
-        """The teacher's share of the loss at this step."""
-        taught = self.teacher is not None and self.step >= self.plan.distill_after * self.plan.steps
-        return self.plan.distill if taught else 0.0
-
     def _loss(self, ids: Tensor, weights: Tensor, scale: float) -> Tensor:
-        """Weighted sum of the losses of one micro-batch times ``scale``, with the teacher's share."""
+        """Weighted sum of the losses of one micro-batch times ``scale``."""
         hidden = self.worker(ids[:, :-1], self.dtype).flatten(0, 1)
         targets, weight = ids[:, 1:].flatten(), weights[:, 1:].flatten() * scale
-        share = self._share()
-        loss = TiedCrossEntropy.apply(hidden, self.worker.embed, targets, weight * (1 - share))
-        if share and self.teacher is not None:
-            with torch.no_grad():
-                states = self.teacher(ids[:, :-1], self.dtype).flatten(0, 1)
-            even = (weight > 0).float() * scale * share
-            loss = loss + TiedDistillation.apply(hidden, self.worker.embed, states, self.teacher.embed, even)
-        return loss
+        return TiedCrossEntropy.apply(hidden, self.worker.embed, targets, weight)
 
     def _gradient(self, ids: Tensor, weights: Tensor, scale: float) -> tuple[float, list[Tensor]]:
         """Loss and gradients of one micro-batch, in the calling thread alone."""
@@ -159,7 +142,7 @@ class Trainer:
         """One optimizer step; returns (weighted mean loss, gradient norm)."""
         scale = 1.0 / max(1.0, sum(float(weights[:, 1:].sum()) for _, weights in batch))
         masters = list(self.master.parameters())
-        key = (batch[0][0].shape, self._share() > 0)
+        key = batch[0][0].shape
         if key not in self.shapes:  # compile for this case in one thread before several use it
             self.pool.submit(self._gradient, *batch[0], scale).result()
             self.shapes.add(key)
@@ -224,18 +207,15 @@ def load_checkpoint(path: Path, config: ModelConfig) -> tuple[Llama, int]:
     return model, state["step"]
 
 
-def run(which: str, work: Path, plan: TrainPlan, compiled: bool, minutes: float = 4.0) -> None:
-    """Train ``which`` to ``plan.total``, with a checkpoint every ``minutes``, at the end and on SIGTERM."""
-    folder = work / which
+def run(work: Path, plan: TrainPlan, compiled: bool, minutes: float = 4.0) -> None:
+    """Train the target to ``plan.total``, with a checkpoint every ``minutes``, at the end and on SIGTERM."""
+    folder = work / "target"
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, log = folder / "checkpoint.pt", folder / "log.jsonl"
     data = work / "data"
     batches = Batches(data, plan, DataPlan(**json.loads((data / "data.json").read_text())["plan"]))
     held = Rows(data, "held_out")
-    teacher = None
-    if plan.distill > 0:
-        teacher, _ = load_checkpoint(work / "target" / "checkpoint.pt", CONFIGS["target"])
-    trainer = Trainer(CONFIGS[which], plan, compiled=compiled, teacher=teacher)
+    trainer = Trainer(TARGET, plan, compiled=compiled)
     if checkpoint.exists():
         trainer.load(checkpoint)
     stop: list[int] = []
