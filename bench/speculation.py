@@ -50,6 +50,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 KEYS = {
     "outputs_equal": "equal",
     "speedup_replay07_batch1": "replay",
+    "worst_cost_model_error": "replay",
     "ratio_batch16_low": "batch16",
     "ratio_batch16_switched_off_low": "batch16",
     "adaptive_over_best_fixed_low": "pace",

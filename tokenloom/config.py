@@ -158,7 +158,7 @@ class SpeculationOptions:
     )
     draft_model: tuple[str, ...] = knob(
         (),
-        "Directory of a draft with the model's tokenizer, or several with commas; the embedded model has two.",
+        "Directory of a draft with the model's tokenizer, or several with commas; the embedded model has one.",
     )
     max_draft_depth: int = knob(
         8, "Tokens in a row that are guessed at most.", check=lambda v: 1 <= v <= 32, limit="1 to 32"

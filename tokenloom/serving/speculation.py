@@ -75,7 +75,7 @@ def draft_directories(config: Config) -> dict[str, Path]:
     elif config.model.model:
         raise InvalidParameter("draft_model", "", "the directory of a draft of the model")
     else:
-        found = [embedded.DRAFT, embedded.DRAFT2]
+        found = [embedded.DRAFT]
     return {f"draft{number if number > 1 else ''}": directory for number, directory in enumerate(found, 1)}
 
 
