@@ -17,7 +17,7 @@ REST = 16
 LONGEST_REST = 64
 """The same for one that is found not to pay again and again."""
 
-FIRST_TRIAL = 16
+FIRST_TRIAL = 32
 """Steps in which a new proposer is asked whatever is expected of it."""
 
 LOOK_DEEPER = 8

@@ -400,7 +400,9 @@ class Speculator:
             self.price.observe(worth, took)
         if plan.trees:
             own = self._chosen_seconds + self._clock.now() - began
-            self._own_seconds += (0.1 if self._own_seconds else 1.0) * (own - self._own_seconds)
+            # The first steps of a process, and those that something disturbs, take much longer than the others.
+            usual = self._own_seconds or own
+            self._own_seconds = usual + (0.5 if own < usual else 0.05) * (own - usual)
 
     def _count(self, plan: Plan, accepted: dict[Sequence, list[int]], seconds: float) -> None:
         stats, step = self.stats, self._step
