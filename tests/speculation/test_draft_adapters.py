@@ -196,6 +196,25 @@ def test_what_nobody_waits_for_any_more_is_not_kept_half_fetched() -> None:
     assert set(adapters.pool.resident) == {"b"}
 
 
+@pytest.mark.parametrize("failing", ["copy", "bind"])
+def test_pages_of_one_that_cannot_be_read_come_back(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    draft, adapters = made()
+    give(adapters, "A", "a", 3)
+
+    def fail(*arguments: Any) -> None:
+        raise OSError("unreadable")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(adapters.host, failing, fail)
+        for _ in range(3):
+            with pytest.raises(OSError, match="unreadable"):
+                ask(draft, adapters, "A")
+            draft.end()
+            adapters.check()
+            assert draft.pool.num_free == FRAMES
+    assert ask(draft, adapters, "A") == [DraftAdapter("a", 0)]
+
+
 def test_what_cannot_be_had_is_refused_by_name() -> None:
     _, adapters = made(max_bytes=8 * PAGE)
     with pytest.raises(InvalidParameter, match=r"adapter of the draft model draft: .* at most 2048 KiB"):

@@ -144,12 +144,16 @@ class DraftAdapters:
                 self._no_room[content] = self._call
                 return False
             self._no_room.pop(content, None)
+        self._asked[content] = self._call
         if self._left > 0:
-            self._left -= pool.copy(content, self._left)
-            # The lease of one that is being fetched ends with its last page.
-            self._asked.pop(content, None)
-        if not pool.is_ready(content):
-            self._asked[content] = self._call
+            try:
+                self._left -= pool.copy(content, self._left)
+            except BaseException:
+                self._let_go(content)
+                raise
+            if pool.is_ready(content):
+                # The lease of one that is being fetched has ended with its last page.
+                del self._asked[content]
         return True
 
     def _let_go(self, content: str) -> None:
