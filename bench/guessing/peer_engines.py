@@ -63,7 +63,7 @@ _OPENVINO_DRAFT: Final[dict[str, dict[str, Any]]] = {
 }
 _OPENVINO_LOOKUP: Final[dict[str, dict[str, Any]]] = {
     f"look-up {count} after {match}": {"num_assistant_tokens": count, "max_ngram_size": match}
-    for count, match in ((3, 3), (5, 3), (8, 3), (8, 2), (12, 2))
+    for count, match in ((5, 3), (8, 3), (8, 2), (12, 2), (16, 2))
 }
 _LLAMA_DRAFT: Final[dict[str, list[str]]] = {
     **{f"draft {count}": ["--spec-draft-n-max", str(count)] for count in (2, 3, 4)},
@@ -78,9 +78,9 @@ _LLAMA_LOOKUP: Final[dict[str, list[str]]] = {
         ]
         for count, match in ((8, 2), (8, 3), (16, 3))
     },
-    "ngram-mod 8 after 3": [
+    "ngram-mod 16 after 3": [
         *("--spec-type", "ngram-mod", "--spec-ngram-mod-n-match", "3"),
-        *("--spec-ngram-mod-n-min", "1", "--spec-ngram-mod-n-max", "8"),
+        *("--spec-ngram-mod-n-min", "1", "--spec-ngram-mod-n-max", "16"),
     ],
     "ngram-cache": ["--spec-type", "ngram-cache"],
 }

@@ -28,6 +28,7 @@ from tokenloom.embedded import ADAPTERS, DRAFT
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.request import Request
 from tokenloom.engine.speculator import Speculator
+from tokenloom.serving.assembly import EngineParts
 
 OURS: Final = "tokenloom"
 ADAPTIVE: Final = "adaptive"
@@ -38,7 +39,6 @@ TARGET: Final = DRAFT.with_name("target")
 class Workload:
     """What every engine is asked for. `warm` are other prompts of the same kind, from which we learn our pace."""
 
-    models: Models
     prompts: list[list[int]]
     warm: list[list[int]]
     max_tokens: int
@@ -76,7 +76,7 @@ def measure_workload(
     kept: dict[str, Decoded] = {}
     with engine_parts(spec, **options) as parts:
         engine = parts.engine
-        work = _workload(name, models, parts, spec["quick"])
+        work = _workload(name, parts, spec["quick"])
         settings = _our_settings(engine)
         texts = _ours(engine, settings[PLAIN])(work.prompts, work.max_tokens).token_ids
         cases: dict[str, Case] = {}
@@ -135,7 +135,7 @@ def _common(ours: list[int], theirs: list[int]) -> int:
 # --- what is asked for -----------------------------------------------------------------------------------
 
 
-def _workload(name: str, models: Models, parts: Any, quick: bool) -> Workload:
+def _workload(name: str, parts: EngineParts, quick: bool) -> Workload:
     """Half of the requests are measured, the other half warms up."""
     if name == "story":
         requests = stories(parts, 8 if quick else 48, 64 if quick else 160)
@@ -143,7 +143,7 @@ def _workload(name: str, models: Models, parts: Any, quick: bool) -> Workload:
         requests = copies(parts, 8 if quick else 32, "")
     prompts = [list(request.prompt_token_ids) for request in requests]
     half = len(prompts) // 2
-    return Workload(models, prompts[:half], prompts[half:], requests[0].params.max_tokens)
+    return Workload(prompts[:half], prompts[half:], requests[0].params.max_tokens)
 
 
 def _story_models() -> Models:

@@ -97,7 +97,7 @@ def test_a_text_that_guessing_changes_is_an_error(
         return lambda prompts, max_tokens: decode(prompts, max_tokens - 1)
 
     models = peers.Models(embedded_model, None)
-    work = peers.Workload(models, [[9, 8, 7, 9, 8]], [[9, 8]], 8)
+    work = peers.Workload([[9, 8, 7, 9, 8]], [[9, 8]], 8)
     monkeypatch.setattr(peers, "_ours", broken)
     monkeypatch.setattr(peers, "_workload", lambda *_: work)
     with pytest.raises(RuntimeError, match="tokenloom chain 4: the text changed"):
