@@ -1,7 +1,7 @@
 """Speculation: that it changes no output, and what it gains.
 
     python bench/speculation.py --model M [--parts replay,story] [--peers openvino,llamacpp] [--results DIR] [--json]
-    python bench/speculation.py --quick --json                       (embedded models, under two minutes)
+    python bench/speculation.py --quick --json                       (embedded models, about two minutes)
 
 Each part measures its cases in alternating rounds and repeats measurements during which something else used the
 machine. The last line of `--json` is one JSON object with everything; tokens and logprobs of `equal` go to `--tokens`.
@@ -12,7 +12,8 @@ machine. The last line of `--json` is one JSON object with everything; tokens an
     batch16    16 sequences on --model: adaptive speculation against plain decoding, in alternating pairs
     story      batch 1 on the embedded pair: the draft model, chains and trees
     copy       batch 1 on the embedded model: n-gram look-up where the output repeats the prompt
-    slo        a simulation of requests with different paces (bench/slo_simulation.py)
+    slo        requests with different paces on a simulated machine, whatever --model is; the main case of
+               bench/slo_simulation.py, without --quick some minutes
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 
 import machine
+import slo_simulation
 import variants
 from guessing import embedded, equality, replay
 
@@ -38,6 +40,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "batch16": replay.measure_batch16,
     "story": embedded.measure_story,
     "copy": embedded.measure_copy,
+    "slo": slo_simulation.measure_slo,
 }
 KEYS = {
     "outputs_equal": "equal",
