@@ -1,13 +1,14 @@
-"""Paces per request in simulation: AdaServe's workload under the policies of speculation and under fixed lengths.
+"""Paces per request in simulation: AdaServe's workload on the engine, under the policies of speculation.
 
-    python bench/slo_simulation.py [--quick] [--json] [--trace FILE] [--seeds 1,2,3] [--out FILE]
+    python bench/slo_simulation.py [--quick] [--json] [--trace FILE] [--seeds 1,2,3] [--workers 2] [--out FILE]
 
 Three classes of requests (60 % code completion at 1.2 times the baseline, 20 % chat at 50 ms, 20 % summaries at
 150 ms per token, 256 tokens each) arrive at the times of a trace, scaled to a rate, or of a seeded bursty process where
-`--trace` names none. First the load is searched at which the best fixed length of 1 to 8 attains 75 % of the SLOs;
-there the systems are compared: plain decoding, that fixed length, an even split of the budget, a first phase for the
-needs with the rest split evenly, both phases, both in descending order, needs served whatever they cost as in the
-paper, and no first phase. Everything random has a seed; the same command prints the same numbers.
+`--trace` names none. The engine and its speculator serve them on a simulated machine, in virtual time. First the load
+is searched at which the best fixed length of 1 to 8 attains about 75 % of the SLOs; there the systems are compared:
+plain decoding, that fixed length, an even split of the budget, a first phase for the needs with the rest split evenly,
+both phases, both in descending order, needs served whatever they cost as in the paper, and no first phase. Everything
+random has a seed; the same command prints the same numbers.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -26,27 +28,39 @@ import numpy as np
 
 from tokenloom.bench.load.arrivals import arrival_times
 from tokenloom.bench.load.traces import READERS, detect_format
-from tokenloom.bench.pace_simulation import DRAFT, Machine, Report, Simulation, System, classes, workload
-from tokenloom.engine.policies.tree_selection import RankedTrees, SelectionPolicy
+from tokenloom.bench.pace_simulation import (
+    DRAFT,
+    PLAIN,
+    Machine,
+    Report,
+    System,
+    chains,
+    classes,
+    serve,
+    trees,
+    workload,
+)
+from tokenloom.engine.policies.tree_selection import FULL, RankedTrees, SelectionPolicy
 from tokenloom.engine.token_tree import TokenTree
 from tokenloom.errors import InvalidParameter
 
-FIXED = [System(f"fixed {length}", chain=length) for length in range(1, 9)]
-TREES = [
-    System("equal split", selection=SelectionPolicy(serve_needs=False, rest="equal")),
-    System("+ SLO selection", selection=SelectionPolicy(boost=2.0, rest="equal")),
-    System("+ throughput selection", selection=SelectionPolicy(boost=2.0)),
+LENGTHS = range(1, 9)
+WHOLE = trees("+ throughput selection")
+ABLATION = [
+    trees("equal split", SelectionPolicy(serve_needs=False, rest="equal")),
+    trees("+ SLO selection", replace(FULL, rest="equal")),
+    WHOLE,
 ]
-FULL = TREES[-1]
 OTHERS = [
-    System("descending", selection=SelectionPolicy(boost=2.0, order="descending")),
-    System("needs at any price", selection=SelectionPolicy()),
-    System("needs at any price, descending", selection=SelectionPolicy(order="descending")),
-    System("no SLO phase", selection=SelectionPolicy(serve_needs=False)),
-    System("each step by its own rate", selection=SelectionPolicy(boost=2.0), priced=False),
-    System("known chances", selection=SelectionPolicy(boost=2.0), exact=True),
+    trees("descending", replace(FULL, order="descending")),
+    trees("needs at any price", SelectionPolicy()),
+    trees("needs at any price, descending", SelectionPolicy(order="descending")),
+    trees("no SLO phase", SelectionPolicy(serve_needs=False)),
 ]
-TARGET_ATTAINMENT = 0.75
+COUNT, SEEDS = 400, (1, 2, 3)
+QUICK_COUNT, QUICK_SEEDS = 100, (1, 2)
+TARGET_ATTAINMENT = (0.73, 0.77)
+FIRST_RATE, MOST_RATE = 7.5, 100.0
 SPREAD = 0.12
 """How much the texts of a class differ: standard deviation of their predictability."""
 
@@ -100,96 +114,124 @@ def average(name: str, reports: Sequence[Report]) -> Average:
     )
 
 
-def serve(
-    system: System,
-    machine: Machine,
-    arrivals: Arrivals,
-    rate: float,
-    seeds: Sequence[int],
-    spread: float = SPREAD,
-) -> Average:
-    kinds = classes(machine.baseline)
-    return average(
-        system.name,
-        [
-            Simulation(system, machine).serve(workload(kinds, arrivals.at(rate, seed), seed, spread=spread))
-            for seed in seeds
-        ],
-    )
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One workload for one system."""
+
+    system: System
+    machine: Machine
+    arrivals: Arrivals
+    rate: float
+    seed: int
+    spread: float
+
+    def serve(self) -> Report:
+        times = self.arrivals.at(self.rate, self.seed)
+        kinds = classes(self.machine.baseline)
+        return serve(self.system, self.machine, workload(kinds, times, self.seed, spread=self.spread))
 
 
-def find_load(best: Callable[[float], Average], low: float, high: float) -> float:
-    """The rate at which `best` attains `TARGET_ATTAINMENT`, by bisection to 2 %."""
-    while best(high).attainment > TARGET_ATTAINMENT:
-        low, high = high, 2 * high
-    while high / low > 1.02:
-        middle = (low * high) ** 0.5
-        if best(middle).attainment > TARGET_ATTAINMENT:
-            low = middle
-        else:
-            high = middle
-    return low
+@dataclass
+class Study:
+    """Systems on one machine; what was served once is remembered. Runs go to `pool`, if there is one."""
+
+    machine: Machine
+    arrivals: Arrivals
+    seeds: Sequence[int]
+    spread: float = SPREAD
+    pool: ProcessPoolExecutor | None = None
+    found: dict[tuple[str, float], Average] = field(default_factory=dict)
+
+    def serve(self, systems: Sequence[System], rate: float) -> list[Average]:
+        """One average for each, in their order."""
+        new = [system for system in systems if (system.name, rate) not in self.found]
+        runs = [
+            Run(system, self.machine, self.arrivals, rate, seed, self.spread)
+            for system in new
+            for seed in self.seeds
+        ]
+        reports = list(self.pool.map(Run.serve, runs) if self.pool else map(Run.serve, runs))
+        for i, system in enumerate(new):
+            part = reports[i * len(self.seeds) : (i + 1) * len(self.seeds)]
+            self.found[system.name, rate] = average(system.name, part)
+        return [self.found[system.name, rate] for system in systems]
+
+    def best_fixed(self, rate: float, lengths: Sequence[int] = LENGTHS) -> Average:
+        """Of fixed `lengths`, the one with the most SLOs attained, and then with the most goodput."""
+        found = self.serve([chains(length) for length in lengths], rate)
+        return max(found, key=lambda each: (each.attainment, each.goodput))
+
+    def find_load(self) -> float:
+        """A rate at which the best fixed length attains within `TARGET_ATTAINMENT`, or the closest one within 2 %.
+
+        On the way only short lengths are looked at, since long ones never win under such a load; `measure` looks at all
+        of them.
+        """
+        # Few requests are no overload however fast they come: then the highest rate has to do.
+        least, most = TARGET_ATTAINMENT
+        low, high, rate = 0.0, 0.0, FIRST_RATE
+        while not (low and high) or high / low > 1.02:
+            attained = self.best_fixed(rate, range(1, 4)).attainment
+            if least <= attained <= most or rate > MOST_RATE:
+                return rate
+            if attained > most:
+                low = rate
+            else:
+                high = rate
+            rate = (low * high) ** 0.5 if low and high else rate * (1.25 if low else 0.8)
+        return low
 
 
-def measure(
-    machine: Machine, arrivals: Arrivals, seeds: Sequence[int], others: bool, spread: float = SPREAD
-) -> dict[str, Any]:
+def measure(study: Study, others: bool) -> dict[str, Any]:
     """The comparison at the load where the best fixed length attains about `TARGET_ATTAINMENT`."""
-
-    def best_fixed(rate: float) -> Average:
-        return max(
-            (serve(system, machine, arrivals, rate, seeds, spread) for system in FIXED),
-            key=lambda found: (found.attainment, found.goodput),
-        )
-
-    rate = find_load(best_fixed, 1.0, 4.0)
-    fixed = best_fixed(rate)
-    systems = [System("plain", chain=0), *TREES, *(OTHERS if others else [])]
-    rows = [serve(system, machine, arrivals, rate, seeds, spread) for system in systems]
+    rate = study.find_load()
+    fixed = study.best_fixed(rate)
+    rows = study.serve([PLAIN, *ABLATION, *(OTHERS if others else [])], rate)
     rows.insert(1, fixed)
-    full = next(row for row in rows if row.name == FULL.name)
+    whole = next(row for row in rows if row.name == WHOLE.name)
     ablation = [row.attainment for row in rows[2:5]]
     return {
         "rate": round(rate, 3),
         "best_fixed": fixed.name,
         "best_fixed_attainment": round(fixed.attainment, 4),
-        "attainment": round(full.attainment, 4),
-        "slo_violation_ratio": round((1 - fixed.attainment) / max(1 - full.attainment, 1e-9), 3),
-        "goodput_ratio": round(full.goodput / fixed.goodput, 3),
+        "attainment": round(whole.attainment, 4),
+        "slo_violation_ratio": round((1 - fixed.attainment) / max(1 - whole.attainment, 1e-9), 3),
+        "goodput_ratio": round(whole.goodput / fixed.goodput, 3),
         "ablation_monotone": ablation == sorted(ablation),
-        "systems": {
-            row.name: {
-                "attainment": round(row.attainment, 4),
-                "goodput": round(row.goodput, 1),
-                "throughput": round(row.throughput, 1),
-                "tokens_per_step": round(row.tokens_per_step, 3),
-                "depth": round(row.mean_depth, 2),
-                "running": round(row.mean_running, 1),
-                **{kind: round(value, 4) for kind, value in row.by_class.items()},
-            }
-            for row in rows
-        },
+        "systems": {row.name: describe(row) for row in rows},
     }
 
 
-def by_load(machine: Machine, arrivals: Arrivals, seeds: Sequence[int], rate: float) -> dict[str, Any]:
-    """Attainment and depth of the full system around `rate`: depth falls as the load rises."""
+def describe(row: Average) -> dict[str, float]:
+    return {
+        "attainment": round(row.attainment, 4),
+        "goodput": round(row.goodput, 1),
+        "throughput": round(row.throughput, 1),
+        "tokens_per_step": round(row.tokens_per_step, 3),
+        "depth": round(row.mean_depth, 2),
+        "running": round(row.mean_running, 1),
+        **{kind: round(value, 4) for kind, value in row.by_class.items()},
+    }
+
+
+def by_load(study: Study, rate: float) -> dict[str, Any]:
+    """Attainment and depth of the whole system around `rate`: depth falls as the load rises."""
     found = {}
     for factor in (0.25, 0.5, 0.8, 1.0, 1.1, 1.25):
-        row = serve(FULL, machine, arrivals, rate * factor, seeds[:1])
-        fixed = max(
-            (serve(system, machine, arrivals, rate * factor, seeds[:1]) for system in FIXED[:4]),
-            key=lambda each: (each.attainment, each.goodput),
-        )
+        (row,) = study.serve([WHOLE], rate * factor)
+        fixed = study.best_fixed(rate * factor, range(1, 5))
         found[f"{factor:g}"] = {
-            "attainment": round(row.attainment, 4),
-            "best_fixed_attainment": round(fixed.attainment, 4),
+            **describe(row),
             "best_fixed": fixed.name,
-            "tokens_per_step": round(row.tokens_per_step, 3),
-            "depth": round(row.mean_depth, 2),
-            "running": round(row.mean_running, 1),
+            "best_fixed_attainment": round(fixed.attainment, 4),
         }
     return found
+
+
+def measure_slo(spec: dict[str, Any]) -> dict[str, Any]:
+    """The part `slo` of bench/speculation.py: the comparison at the times of a bursty process, in this process."""
+    count, seeds = (QUICK_COUNT, QUICK_SEEDS) if spec["quick"] else (COUNT, SEEDS)
+    return measure(Study(Machine(), Arrivals((), count), seeds), others=False)
 
 
 def selection_ms(requests: int = 256, width: int = 3, depth: int = 8) -> float:
@@ -213,7 +255,7 @@ def selection_ms(requests: int = 256, width: int = 3, depth: int = 8) -> float:
     times = []
     for _ in range(50):
         started = perf_counter()
-        RankedTrees(trees).select(3 * requests, needs, FULL.selection)
+        RankedTrees(trees).select(3 * requests, needs, FULL)
         times.append(perf_counter() - started)
     return round(1e3 * min(times), 3)
 
@@ -223,39 +265,48 @@ def read_trace(path: Path) -> tuple[float, ...]:
     return tuple(sorted(session.start for session in READERS[detect_format(path)](path)))
 
 
+def study_all(study: Study, quick: bool) -> dict[str, Any]:
+    """The comparison and, unless `quick`, how far it depends on the load and on what was made up."""
+    results = measure(study, others=not quick)
+    results["selection_ms_256"] = selection_ms()
+    if not quick:
+        results["by_load"] = by_load(replace(study, seeds=study.seeds[:1], found={}), results["rate"])
+        # The draft of the paper costs a sixth of a target step per level, in place of a twenty-eighth.
+        dear = replace(study.machine, draft=replace(DRAFT, memory_bound=0.0045))
+        results["dear_draft"] = measure(replace(study, machine=dear, found={}), others=False)
+        results["even_texts"] = measure(replace(study, spread=0.0, found={}), others=False)
+    return results
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="fewer requests, one seed, the main systems")
+    parser.add_argument("--quick", action="store_true", help="fewer requests, two seeds, the main systems")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--trace", type=Path, help="arrival times: a trace that `bench serve` reads")
-    parser.add_argument("--seeds", default="1,2,3", help="comma-separated (default: 1,2,3)")
+    parser.add_argument("--seeds", help="comma-separated (default: 1,2,3, or 1,2 with --quick)")
+    parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--out", type=Path, help="write the JSON there too")
     args = parser.parse_args()
     try:
-        seeds = [int(seed) for seed in args.seeds.split(",")]
+        given = [int(seed) for seed in args.seeds.split(",")] if args.seeds else None
     except ValueError:
         parser.error(f"--seeds must be whole numbers with commas between them, not {args.seeds!r}")
-    if any(seed < 0 for seed in seeds):
+    if any(seed < 0 for seed in given or ()):
         parser.error("--seeds must be at least 0")
-    count = 150 if args.quick else 400
+    if args.workers < 1:
+        parser.error("--workers must be at least 1")
+    count, seeds = (QUICK_COUNT, QUICK_SEEDS) if args.quick else (COUNT, SEEDS)
     try:
         trace = read_trace(args.trace) if args.trace else ()
     except InvalidParameter as error:
         parser.error(str(error))
     if args.trace and len(trace) <= count:
         parser.error(f"--trace has {len(trace)} requests; more than {count} are needed")
-    arrivals, machine = Arrivals(trace, count), Machine()
-    seeds = seeds[:1] if args.quick else seeds
-    results = measure(machine, arrivals, seeds, others=not args.quick)
-    results["selection_ms_256"] = selection_ms()
-    if not args.quick:
-        results["by_load"] = by_load(machine, arrivals, seeds, results["rate"])
-        # The draft of the paper costs a sixth of a target step per level, in place of a twenty-eighth.
-        dear = replace(machine, draft=replace(DRAFT, memory_bound=0.0045))
-        results["dear_draft"] = measure(dear, arrivals, seeds, others=False)
-        results["even_texts"] = measure(machine, arrivals, seeds, others=False, spread=0.0)
+    with ProcessPoolExecutor(args.workers) as pool:
+        study = Study(Machine(), Arrivals(trace, count), given or seeds, pool=pool)
+        results = study_all(study, args.quick)
     for name, value in results.items():
         if isinstance(value, dict):
             print(f"{name}:")

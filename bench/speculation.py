@@ -3,7 +3,7 @@
     python bench/speculation.py --model M [--parts replay,story] [--json]
     python bench/speculation.py --parts story --target DIR --draft DIR[,DIR]    (another pair than the embedded one)
     python bench/speculation.py --parts none --peers openvino,llamacpp --json   (after bench/peers/install.py)
-    python bench/speculation.py --quick --json                       (embedded models, under two minutes)
+    python bench/speculation.py --quick --json                       (embedded models, about two minutes)
 
 Each part measures its cases in alternating rounds and repeats measurements during which something else used the
 machine. The last line of `--json` is one JSON object with everything; tokens and logprobs of `equal` go to `--tokens`.
@@ -16,7 +16,8 @@ machine. The last line of `--json` is one JSON object with everything; tokens an
     ragged     what it costs that sequences accept different numbers of tokens, here and in a rectangular batch
     story      batch 1 on the embedded pair or --target and --draft: the draft models, chains and trees
     copy       batch 1 on the embedded model: n-gram look-up where the output repeats the prompt
-    slo        a simulation of requests with different paces (bench/slo_simulation.py)
+    slo        requests with different paces on a simulated machine, whatever --model is; the main case of
+               bench/slo_simulation.py, without --quick some minutes
 
 With --peers, stories and copies are also measured beside other engines that guess (guessing/peers.py).
 """
@@ -35,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 
 import machine
+import slo_simulation
 import variants
 from guessing import embedded, equality, pace, peer_engines, peers, ragged, replay
 
@@ -46,6 +48,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "ragged": ragged.measure_ragged,
     "story": embedded.measure_story,
     "copy": embedded.measure_copy,
+    "slo": slo_simulation.measure_slo,
 }
 KEYS = {
     "outputs_equal": "equal",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -25,9 +26,10 @@ def run(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(extension.missing()), reason="the numpy reference would take minutes")
-def test_the_quick_mode_measures_every_part(repository: Path, tmp_path: Path) -> None:
+def test_the_quick_mode_measures_every_part_that_runs_a_model(repository: Path, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.jsonl"
-    shown = run(repository, "--quick", "--json", "--tokens", str(tokens))
+    parts = "equal,replay,batch16,story,copy"
+    shown = run(repository, "--quick", "--json", "--parts", parts, "--tokens", str(tokens))
     assert shown.returncode == 0, shown.stderr
     found: dict[str, Any] = json.loads(shown.stdout.splitlines()[-1])
     assert found["outputs_equal"] is True
@@ -56,6 +58,23 @@ def test_the_quick_mode_measures_every_part(repository: Path, tmp_path: Path) ->
         assert (case["padded_ms"] > 0) == (case["grouped"] < 1) == name.startswith("batch4")
     lines = [json.loads(line) for line in tokens.read_text().splitlines()]
     assert len(lines) == 20 and all(line["tokens"] and line["logprobs"] for line in lines)
+
+
+def test_every_figure_has_its_part_and_the_simulation_gives_those_of_slo(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("bench", "bench/peers"):
+        monkeypatch.syspath_prepend(str(repository / folder))
+    bench = importlib.import_module("speculation")
+    assert set(bench.KEYS.values()) == set(bench.PARTS)
+    monkeypatch.setattr(bench.slo_simulation, "QUICK_COUNT", 20)
+    monkeypatch.setattr(bench.slo_simulation, "QUICK_SEEDS", (1,))
+    monkeypatch.setattr(bench.slo_simulation.Study, "find_load", lambda study: 8.0)
+    found = bench.PARTS["slo"]({"quick": True})
+    for key, part in bench.KEYS.items():
+        if part == "slo":
+            assert isinstance(found[key], float), key
+    assert len(found["systems"]) == 5
 
 
 def test_unknown_parts_are_refused_by_name(repository: Path) -> None:
