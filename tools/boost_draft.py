@@ -352,6 +352,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--out", type=Path, required=True, help="folder of the second draft")
     out.add_argument("--work", type=Path, default=Path("boost-work"), help="folder of intermediate files")
     out.add_argument("--texts", type=int, help=f"texts of the training ({BoostPlan.texts})")
+    out.add_argument("--epochs", type=int, help=f"epochs of the first draft ({BoostPlan.first_epochs})")
     out.add_argument("--hit-weight", type=float, help="weight of the tokens that the first draft foresees")
     out.add_argument(
         "--quick", action="store_true", help="a few texts and steps: seconds, and useless drafts"
@@ -364,10 +365,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one stage, or all of them in order."""
     args = parser().parse_args(arguments)
     args.plan = QUICK if args.quick else BoostPlan()
-    if args.texts is not None:
-        if args.texts < 2:
-            raise ValueError(f"--texts is {args.texts}; it must be at least 2")
-        args.plan = replace(args.plan, texts=args.texts)
+    for name, field, least in (("texts", "texts", 2), ("epochs", "first_epochs", 1)):
+        if (value := getattr(args, name)) is not None:
+            if value < least:
+                raise ValueError(f"--{name} is {value}; it must be at least {least}")
+            args.plan = replace(args.plan, **{field: value})
     if args.hit_weight is not None:
         if not 0.0 <= args.hit_weight <= 1.0:
             raise ValueError(f"--hit-weight is {args.hit_weight}; it must be in [0, 1]")

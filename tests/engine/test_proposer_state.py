@@ -6,7 +6,7 @@ import pytest
 
 from tests.engine.helpers import request
 from tokenloom.engine.prefix_cache import root_digest
-from tokenloom.engine.proposer_state import LONGEST_REST, REST, ProposerState, learn_levels
+from tokenloom.engine.proposer_state import REST, ProposerState, learn_levels
 from tokenloom.engine.sequence import Sequence
 from tokenloom.engine.token_tree import TokenTree
 from tokenloom.speculation.replay import ReplayProposer
@@ -94,16 +94,6 @@ def test_a_step_in_which_nobody_was_asked_teaches_nothing() -> None:
     source = state()
     learn_levels([source], {}, {}, {}, 2.0)
     assert source.levels(2)[0] == pytest.approx([0.6, 0.36])
-
-
-def test_a_rest_grows_with_each_one_and_ends_with_what_pays() -> None:
-    source = state()
-    for expected in (REST, 2 * REST, 4 * REST, LONGEST_REST, LONGEST_REST):
-        source.pause(is_long=True)
-        assert [source.rests() for _ in range(expected)] == [True] * (expected - 1) + [False]
-    source.asks(2, 1)
-    source.pause(is_long=True)
-    assert [source.rests() for _ in range(REST)] == [True] * (REST - 1) + [False]
 
 
 def test_a_call_after_a_rest_says_nothing_of_the_costs() -> None:

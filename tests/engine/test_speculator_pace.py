@@ -61,11 +61,11 @@ def fixed(length: int) -> System:
 )
 @pytest.mark.parametrize("level_seconds", [0.0005, 0.005])
 def test_it_finds_the_best_depth(requests: int, chance: float, num_output: int, level_seconds: float) -> None:
-    """At least 92 % of the best fixed length, with all that it takes to learn."""
+    """At least 90 % of the best fixed length, with all that it takes to learn."""
     scripts = texts(requests, [chance] * num_output)
     best = serve(fixed(best_length(requests, chance, level_seconds)), machine(level_seconds), scripts)
     found = serve(ADAPTIVE, machine(level_seconds), scripts)
-    assert found.throughput >= 0.92 * best.throughput
+    assert found.throughput >= 0.9 * best.throughput
 
 
 def test_a_fixed_length_makes_what_arithmetic_says() -> None:

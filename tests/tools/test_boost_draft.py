@@ -200,8 +200,9 @@ def test_the_target_of_another_kind_is_refused_by_name(embedded_model: Path, tmp
         boost_draft.main(["all", "--draft", str(tmp_path), "--out", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="hit-weight"):
         boost_draft.main(["all", "--out", str(tmp_path / "out"), "--hit-weight", "1.5"])
-    with pytest.raises(ValueError, match="texts is 1"):
-        boost_draft.main(["all", "--out", str(tmp_path / "out"), "--texts", "1"])
+    for option, value in (("texts", "1"), ("epochs", "0")):
+        with pytest.raises(ValueError, match=f"{option} is {value}"):
+            boost_draft.main(["all", "--out", str(tmp_path / "out"), f"--{option}", value])
     shutil.copyfile(embedded_model / "tokenizer.json", tmp_path / "tokenizer.json")
     (tmp_path / "config.json").write_text(json.dumps(config | {"rope_scaling": {"factor": 2.0}}))
     with pytest.raises(ValueError, match="rope_scaling"):

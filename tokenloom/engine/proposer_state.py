@@ -14,10 +14,7 @@ from tokenloom.engine.token_tree import TokenTree
 REST = 16
 """Steps for which a proposer that does not pay is left alone: asking whether it does costs something too."""
 
-LONGEST_REST = 64
-"""The same for one that is found not to pay again and again."""
-
-FIRST_TRIAL = 32
+FIRST_TRIAL = 8
 """Steps in which a new proposer is asked whatever is expected of it."""
 
 LOOK_DEEPER = 8
@@ -41,7 +38,7 @@ class ProposerState:
         self.calls = 0
         self._costs: dict[int, float] = {}
         self.failed = False
-        self._rest = self._next_rest = REST
+        self._rest = REST
         self._is_warm = False
         self.rested = 0
         """Steps since it was last found not to pay; 0: it pays, as far as is known."""
@@ -67,9 +64,7 @@ class ProposerState:
         """It does not pay in this step, which is the first of a rest. One that is not `is_long` ends with it: beside
         the rows of prompts every row costs, and the next step may be another matter."""
         self.rested = 1
-        self._rest = self._next_rest if is_long else 1
-        if is_long:
-            self._next_rest = min(2 * self._next_rest, LONGEST_REST)
+        self._rest = REST if is_long else 1
 
     def asks(self, depth: int, requests: int) -> None:
         """It is asked for `depth` levels for `requests` sequences in this step, at least one of each."""
@@ -78,8 +73,6 @@ class ProposerState:
         self.rested = 0
         self.asked = depth
         self.requests = requests
-        if not self.gate.is_trying:
-            self._next_rest = REST
 
     def took(self, levels: int, seconds: float) -> None:
         """A call for `levels` levels took `seconds`. Calls in which a draft model reads a prompt take much longer:

@@ -224,7 +224,7 @@ class Speculator:
                 source.pause(is_long=plan.num_rows == len(self._decoding))
                 continue
             # What comes of it in a few requests says enough of one that is only tried.
-            some = wanted[-TRIAL_REQUESTS:] if source.gate.is_trying else wanted
+            some = wanted[-TRIAL_REQUESTS:] if source.gate.is_trying and self.curve.known else wanted
             source.asks(depth, len(some))
             asked = [
                 Wanted(

@@ -22,9 +22,8 @@ _KEEP: Final = 0.95
 
 
 TRIAL_STEPS: Final = 4
-TRIAL_DEPTH: Final = 4
-TRIAL_REQUESTS: Final = 2
-"""Steps in a row in which a draft that does not pay is tried, levels of each, and requests for which it is."""
+TRIAL_REQUESTS: Final = 4
+"""Steps in a row in which a draft that does not pay is tried, and requests for which it is."""
 
 
 @dataclass(slots=True)
@@ -194,10 +193,10 @@ def choose_budget(
 class DraftGate:
     """How deep it pays to draft, decided before drafting; 0 where it does not pay.
 
-    A draft that is off learns nothing, so it is tried again from time to time: for a few of the requests, some levels
-    deep, in some steps in a row. How often deep levels are taken is only learned from deep ones, and the first call
-    after a pause says little of what the next would cost. It is tried as often as keeps the cost of trying within
-    `probe_share` of the time. A new draft is tried in its first `first_trial` steps whatever is expected of it.
+    A draft that is off learns nothing, so it is tried again from time to time: for a few of the requests, in some steps
+    in a row, since the first call after a pause says little of what the next would cost. It is tried as often as keeps
+    the cost of trying within `probe_share` of the time. A new draft is asked in its first `first_trial` steps whatever
+    is expected of it.
     """
 
     def __init__(self, probe_share: float = 0.005, first_trial: int = 0) -> None:
@@ -232,6 +231,10 @@ class DraftGate:
         self.is_trying = False
         if not gains or requests < 1:
             return 0
+        if not curve.known:
+            self._trial = max(0, self._trial - 1)
+            self.is_trying = True
+            return 1
         # Numbers one by one: an array operation costs more than a handful of levels.
         base = requests + other_rows
         plain = tried = curve.seconds(base, keys)
@@ -242,22 +245,21 @@ class DraftGate:
             nodes += 1.0 if rows is None else rows[level - 1]
             drafting = level_seconds * level if isinstance(level_seconds, float) else level_seconds[level]
             seconds = curve.seconds(base + round(requests * nodes), keys) + drafting
-            if level <= TRIAL_DEPTH:
-                tried = curve.seconds(base + min(requests, TRIAL_REQUESTS) * level, keys) + drafting
+            if level == 1:
+                tried = curve.seconds(base + min(requests, TRIAL_REQUESTS), keys) + drafting
             value = requests * tokens - price * seconds if price else tokens / max(seconds, 1e-9)
             if value > best_value:
                 best, best_value = level, value
-        if not curve.known:
-            best = 0
-        elif best and not self._trial:
+        if best:
             self._off_seconds = 0.0
-            return best
         elif not self._trial:
             self._off_seconds += steps * plain
             if self._off_seconds * self._probe_share < TRIAL_STEPS * (tried - plain):
                 return 0
             self._off_seconds = 0.0
             self._trial = TRIAL_STEPS
-        self._trial = max(0, self._trial - 1)
-        self.is_trying = True
-        return max(best, min(TRIAL_DEPTH, len(gains)))
+        if not self._trial:
+            return best
+        self._trial -= 1
+        self.is_trying = not best
+        return max(best, 1)
