@@ -288,7 +288,7 @@ def test_a_pace_gets_its_rows_first() -> None:
     made = dict.fromkeys(names, 0)
     for name in names:
         asked = request(name, range(4, 20), seed=1, max_tokens=120)
-        asked.slo = Slo(tpot=0.006) if name == "fast" else Slo()
+        asked.slo = Slo(tpot=0.004) if name == "fast" else Slo()
         engine.add_request(asked)
     ended: list[str] = []
     while engine.has_work:
