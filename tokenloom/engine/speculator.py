@@ -8,10 +8,10 @@ How many rows are verified, and for whom, is decided as in Li et al., "AdaServe"
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from math import inf
+from operator import index
 from typing import Final, Literal, Protocol
 
 from tokenloom.clock import Clock, MonotonicClock
@@ -39,8 +39,6 @@ from tokenloom.errors import UnsupportedFeature
 
 _HOPE: Final = 3.0
 """Tokens a step that a request may hope for at best, when the question is whether its SLO can still be kept."""
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,8 +239,7 @@ class Speculator:
                 proposals = source.proposer.propose(asked)
                 trees = [self._tree(number, *pair) for pair in zip(proposals, asked, strict=True)]
             except Exception:
-                source.failed = True
-                log.exception("the proposer %s failed and is not asked any more", source.proposer.name)
+                source.fail()
                 continue
             seconds = self._clock.now() - before
             self._asked_seconds += seconds
@@ -292,7 +289,8 @@ class Speculator:
         kept = {ROOT: (ROOT, 0, 1.0)}
         places: dict[int, int] = {}
         most = want.max_nodes if want.draws else MAX_NODES
-        columns = zip(proposal.tokens, proposal.parents, proposal.ranks, proposal.confidences, strict=True)
+        ranks = map(index, proposal.ranks)
+        columns = zip(proposal.tokens, proposal.parents, ranks, proposal.confidences, strict=True)
         for node, (token, parent, rank, confidence) in enumerate(columns):
             above, depth, reach = kept.get(parent, (ROOT, want.max_depth, 0.0))
             place = len(tokens)
@@ -313,7 +311,8 @@ class Speculator:
                 if parent in kept and all(node in places for node in drawn.nodes):
                     nodes = [places[node] for node in drawn.nodes]
                     tree.draws[kept[parent][0]] = [drawn._replace(nodes=nodes)]
-        return tree
+        # Below two siblings with one token, a judge would walk down the one and the commit the other.
+        return tree if len(tree.children()) == len(tokens) else merge((tree, TokenTree()))
 
     def _hang(
         self, plan: Plan, scheduler: Scheduler, wanted: list[Sequence], trees: list[TokenTree], room: int
@@ -421,7 +420,8 @@ class Speculator:
         if self.curve.known:
             num_nodes = sum(len(tree) for tree in plan.trees.values())
             plain = self.curve.seconds(plan.num_rows - num_nodes, self._keys)
-            gained = plain * guessed / len(plan.trees)
+            # A plain step makes a token for everybody who decodes, and the later ones have no prompts beside them.
+            gained = self.curve.seconds(len(self._decoding), self._keys) * guessed / len(self._decoding)
             step.seconds_saved = gained + plain - seconds - self._propose_seconds
             stats.seconds_saved += step.seconds_saved
 
@@ -462,13 +462,13 @@ class Speculator:
         """`seq` has stopped running. One that was preempted starts anew on its pace: its client has seen the pause,
         and chasing it would take the rows of all others."""
         for source in self.sources:
-            source.proposer.forget(seq)
+            source.forget(seq)
         self._paces.pop(seq, None)
 
     def close(self) -> None:
         """Release what the proposers hold."""
         for source in self.sources:
-            source.proposer.close()
+            source.close()
 
 
 def _learned_as(seq: Sequence) -> str:
