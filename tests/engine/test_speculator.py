@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.engine.helpers import request, run, simulated_engine
+from tokenloom.engine import speculator
 from tokenloom.engine.batch import TokenBatch, Work
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.plan import StepRecord
@@ -342,6 +343,38 @@ def test_what_is_saved_for_one_of_eight_is_an_eighth_of_a_plain_step() -> None:
         assert record.speculation is not None and record.num_accepted <= 1
         saved = record.speculation.seconds_saved
         assert saved == pytest.approx(plain * record.num_accepted / 8, rel=0.1, abs=plain / 100)
+
+
+def test_places_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters come and go; what was counted for those that were not seen for longest goes."""
+    monkeypatch.setattr(speculator, "MAX_PLACES", 3)
+    engine = replayed(1.0)
+    run(engine)
+    places = engine.speculator.stats.by_place
+    assert len(places) == 3 and {depth for _, _, depth in places} < set(range(1, 6))
+    assert all(found.tested >= found.accepted > 0 for found in places.values())
+
+
+def test_a_preempted_request_starts_anew_on_its_pace() -> None:
+    """Who was preempted does not chase the pause."""
+    told = Told(lambda want: chain(1))
+    engine = simulated_engine(num_pages=12, pages_per_frame=1, max_running=4, prefix_cache=False)
+    engine.speculate(Speculator([told], SpeculationLimits(pace="fixed"), engine.clock))
+    for i in range(4):
+        asked = request(f"r{i}", range(4, 34), seed=i, max_tokens=60)
+        asked.slo = Slo(tpot=0.001)
+        engine.add_request(asked)
+    lags: list[float] = []
+    while engine.has_work:
+        before, now = engine.scheduler.num_preemptions, engine.clock.now()
+        held = dict(engine.speculator._paces)
+        engine.step()
+        if engine.scheduler.num_preemptions > before:
+            gone = held.keys() - engine.scheduler.running.keys()
+            lags += [held[seq].need(now, 0.0) for seq in gone if seq.finish_reason is None]
+            assert not gone & engine.speculator._paces.keys()
+    assert lags and max(lags) > 1
+    assert not engine.speculator._paces
 
 
 def test_a_pace_gets_its_rows_first() -> None:

@@ -37,6 +37,9 @@ from tokenloom.engine.sequence import Sequence
 from tokenloom.engine.token_tree import MAX_NODES, ROOT, TokenTree, merge
 from tokenloom.errors import UnsupportedFeature
 
+MAX_PLACES: Final = 4096
+"""Of (proposer, adapter, depth), the last observed ones: adapters come and go."""
+
 _HOPE: Final = 3.0
 """Tokens a step that a request may hope for at best, when the question is whether its SLO can still be kept."""
 
@@ -64,10 +67,10 @@ class Acceptance:
 
 @dataclass(slots=True)
 class SpeculationStats:
-    """Counts since the start. `by_place` has (name of the proposer, adapter, depth from 1); a node that several
-    proposers suggested counts for each. `steps` had trees, `skipped` had none though sequences decoded.
-    `seconds_saved` is what plain steps would have taken for the tokens that were guessed right, by the latency
-    curve, less what verifying and proposing took."""
+    """Counts since the start. `by_place` has (name of the proposer, adapter, depth from 1), at most `MAX_PLACES`; a
+    node that several proposers suggested counts for each. `steps` had trees, `skipped` had none though sequences
+    decoded. `seconds_saved` is what plain steps would have taken for the tokens that were guessed right, by the
+    latency curve, less what verifying and proposing took."""
 
     num_drafted: int = 0
     num_accepted: int = 0
@@ -126,8 +129,7 @@ class Speculator:
         self._wish: Needs | None = None
         """What those of `_wanted` need in this step; None if nobody has an SLO."""
         self._keys = 0
-        self._propose_seconds = 0.0
-        self._asked_seconds = self._chosen_seconds = 0.0
+        self._propose_seconds = self._asked_seconds = self._chosen_seconds = 0.0
         self._own_seconds = 0.0
         """What choosing and learning take in a step with trees, on average."""
 
@@ -152,12 +154,11 @@ class Speculator:
         self._wish = None
         for source in self.sources:
             source.asked = 0
-        decoding = [
+        self._decoding = decoding = [
             run.seq
             for run in plan.runs
             if run.end - run.start == 1 and run.end == len(run.seq.tokens) and run.seq.num_output
         ]
-        self._decoding = decoding
         if not decoding:
             return
         for seq in decoding:
@@ -414,8 +415,7 @@ class Speculator:
             step.accepted_by_depth += [0] * (len(nodes) - len(step.accepted_by_depth))
             for depth in range(len(nodes)):
                 step.accepted_by_depth[depth] += 1
-            depths = tree.depths()
-            self._learn(seq, tree, nodes, depths)
+            self._learn(seq, tree, nodes, tree.depths())
         step.num_trees = len(plan.trees)
         if self.curve.known:
             num_nodes = sum(len(tree) for tree in plan.trees.values())
@@ -443,11 +443,11 @@ class Speculator:
         for (number, depth), hit in levels.items():
             place = (self.sources[number].proposer.name, seq.request.adapter, depth)
             for places in (self.stats.by_place, self._step_places):
-                found = places.get(place)
-                if found is None:
-                    found = places[place] = Acceptance()
+                found = places[place] = places.pop(place, None) or Acceptance()
                 found.tested += 1
                 found.accepted += hit
+            if len(self.stats.by_place) > MAX_PLACES:
+                del self.stats.by_place[next(iter(self.stats.by_place))]
 
     def report(self) -> StepSpeculation | None:
         """What the last step did; None without proposers."""
