@@ -61,17 +61,6 @@ def test_needs_of_a_step_are_those_of_its_requests() -> None:
     assert needs.at(np.array([0.01, 0.2])).shape == (2, 4)
 
 
-def test_a_preemption_leaves_a_bounded_lag() -> None:
-    pace = Pace(0.05, 0.0, 10)
-    pace.forgive(100.0, most=4)
-    assert pace.need(100.0, 0.0) == pytest.approx(4)
-    pace.forgive(100.01, most=100)
-    assert pace.need(100.0, 0.0) == pytest.approx(4), "what is within the bound stays"
-    ahead = Pace(0.05, 0.0, 100)
-    ahead.forgive(1.0, most=4)
-    assert ahead.need(1.0, 0.0) == pytest.approx(-80)
-
-
 def test_depth_and_width_fall_with_the_load() -> None:
     rule = ShapeRule(verify_rows=128, draft_rows=96, c1=1, c2=0, min_depth=1, max_depth=8, max_width=3)
     assert rule.shape(4) == (8, 3)

@@ -50,6 +50,18 @@ def test_a_level_that_is_not_asked_for_any_more_follows_the_ones_above() -> None
     assert values == pytest.approx([0.4, 0.2, 0.1], abs=0.01)
 
 
+def test_a_deep_level_is_bounded_where_the_one_above_rises_from_nothing() -> None:
+    """What two proposers suggest counts for the first: the second one's first levels bring nothing, and its deep ones
+    do. A step with shallow trees in which it brings one token there says next to nothing of the deep ones."""
+    source = taught(state(), [0, 0, 8, 8], [0, 0, 10, 10], steps=1000)
+    source.asks(2, 2)
+    source.known = 0
+    source.learn([1, 1], [2, 2])
+    values, rows = source.levels(4)
+    assert values[2:] == pytest.approx([0.8, 0.8], abs=0.01)
+    assert rows[2:] == pytest.approx([1.0, 1.0], abs=0.01)
+
+
 def test_a_try_counts_for_more() -> None:
     """A draft that was off, or a level more than usual, is asked for too seldom to learn at the usual rate."""
     usual, tried = taught(state(), [5, 5], [10, 10]), taught(state(), [5, 5], [10, 10])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.engine.helpers import request, run, simulated_engine
+from tokenloom.engine import speculator
 from tokenloom.engine.batch import TokenBatch, Work
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.plan import StepRecord
@@ -151,6 +152,11 @@ def test_a_proposer_that_raises_is_not_asked_again(caplog: pytest.LogCaptureFixt
     "proposal",
     [
         Proposal([5, 5], [-1, -1], [0, 1], [0.5, 0.5]),
+        Proposal([5, 5, 6, 6, 6], [-1, -1, 0, 1, 1], [0] * 5, [0.5] * 5),
+        Proposal([5], [-1], [1.5], [0.5]),  # type: ignore[list-item]
+        Proposal([5], [-1], [None], [0.5]),  # type: ignore[list-item]
+        Proposal([5], [-1], [0], ["sure"]),  # type: ignore[list-item]
+        Proposal([5, 6], [-1, 7], [0, 0], [0.5, 0.5]),
         Proposal([5, 6], [1, -1], [0, 0], [0.5, 0.5]),
         Proposal([5], [-1], [0], [float("nan")]),
         Proposal([5], [-1], [-3], [7.0]),
@@ -163,9 +169,48 @@ def test_a_proposer_that_raises_is_not_asked_again(caplog: pytest.LogCaptureFixt
 def test_nonsense_of_a_proposer_harms_nobody(proposal: Proposal) -> None:
     engine = simulated_engine(max_running=8)
     engine.speculate(Speculator([Told(lambda want: proposal)], SpeculationLimits(pace="fixed"), engine.clock))
+    verify_trees(engine)
     for i in range(4):
         engine.add_request(request(f"r{i}", range(4, 20 + i), seed=i, max_tokens=40, n=1 + i % 2))
     assert run(engine) == TEXTS
+
+
+def verify_trees(engine: Engine) -> None:
+    """Have every tree that is verified checked to be one."""
+    commit = engine.scheduler.commit
+
+    def checked(plan: Any, *rest: Any) -> Any:
+        for tree in plan.trees.values():
+            tree.check()
+        return commit(plan, *rest)
+
+    engine.scheduler.commit = checked  # type: ignore[method-assign]
+
+
+def test_a_proposer_that_cannot_forget_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """Who fails when a sequence stops, or at the end, takes nobody else along."""
+
+    class Forgetful(Told):
+        def forget(self, seq: Sequence) -> None:
+            raise KeyError(seq)
+
+        def close(self) -> None:
+            raise OSError("gone")
+
+    engine = simulated_engine(max_running=8)
+    proposers = [Forgetful(lambda want: chain(2)), Told(lambda want: chain(1, 6))]
+    engine.speculate(Speculator(proposers, SpeculationLimits(pace="fixed"), engine.clock))
+    closed: list[bool] = []
+    engine.executor.close = lambda: closed.append(True)  # type: ignore[method-assign]
+    for i in range(4):
+        engine.add_request(request(f"r{i}", range(4, 20 + i), seed=i, max_tokens=40, n=1 + i % 2))
+    with caplog.at_level(logging.ERROR):
+        assert run(engine) == TEXTS
+        assert len(caplog.records) == 1
+        engine.close()
+    assert len(proposers[1].forgotten) == len(TEXTS)
+    assert closed and proposers[1].closed
+    engine.scheduler.cache.pages.check()
 
 
 def test_proposers_hear_who_stopped_and_are_closed() -> None:
@@ -272,6 +317,64 @@ def test_it_stays_on_where_rows_are_free() -> None:
     records = records_of(engine)
     assert sum(record.num_accepted for record in records) > 100
     assert engine.speculator.stats.seconds_saved > 0
+
+
+def test_what_is_saved_for_one_of_eight_is_an_eighth_of_a_plain_step() -> None:
+    """A plain step makes a token for everybody, so a token more for one of them saves a part of it."""
+    cost = CostModel(memory_bound=0.02, per_row=1e-7)
+
+    def begun() -> Engine:
+        engine = simulated_engine(max_running=8, num_pages=200, cost=cost)
+        for i in range(8):
+            engine.add_request(request(f"r{i}", range(4, 20), seed=i, max_tokens=60))
+        return engine
+
+    texts = run(begun())
+    engine = begun()
+    known = {("r0", 0): texts["r0", 0]}
+    known |= {(f"r{i}", 0): [] for i in range(1, 8)}
+    proposer = ReplayProposer(known, (1.0,), 1000, shape=CHAIN)
+    engine.speculate(Speculator([proposer], SpeculationLimits(max_depth=1, pace="fixed"), engine.clock))
+    records = records_of(engine)
+    plain = cost.memory_bound + cost.fixed
+    counted = [record for record in records if record.speculation and record.speculation.seconds_saved]
+    assert len(counted) > 10
+    for record in counted:
+        assert record.speculation is not None and record.num_accepted <= 1
+        saved = record.speculation.seconds_saved
+        assert saved == pytest.approx(plain * record.num_accepted / 8, rel=0.1, abs=plain / 100)
+
+
+def test_places_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters come and go; what was counted for those that were not seen for longest goes."""
+    monkeypatch.setattr(speculator, "MAX_PLACES", 3)
+    engine = replayed(1.0)
+    run(engine)
+    places = engine.speculator.stats.by_place
+    assert len(places) == 3 and {depth for _, _, depth in places} < set(range(1, 6))
+    assert all(found.tested >= found.accepted > 0 for found in places.values())
+
+
+def test_a_preempted_request_starts_anew_on_its_pace() -> None:
+    """Who was preempted does not chase the pause."""
+    told = Told(lambda want: chain(1))
+    engine = simulated_engine(num_pages=12, pages_per_frame=1, max_running=4, prefix_cache=False)
+    engine.speculate(Speculator([told], SpeculationLimits(pace="fixed"), engine.clock))
+    for i in range(4):
+        asked = request(f"r{i}", range(4, 34), seed=i, max_tokens=60)
+        asked.slo = Slo(tpot=0.001)
+        engine.add_request(asked)
+    lags: list[float] = []
+    while engine.has_work:
+        before, now = engine.scheduler.num_preemptions, engine.clock.now()
+        held = dict(engine.speculator._paces)
+        engine.step()
+        if engine.scheduler.num_preemptions > before:
+            gone = held.keys() - engine.scheduler.running.keys()
+            lags += [held[seq].need(now, 0.0) for seq in gone if seq.finish_reason is None]
+            assert not gone & engine.speculator._paces.keys()
+    assert lags and max(lags) > 1
+    assert not engine.speculator._paces
 
 
 def test_a_pace_gets_its_rows_first() -> None:

@@ -215,6 +215,20 @@ def test_pages_of_one_that_cannot_be_read_come_back(failing: str, monkeypatch: p
     assert ask(draft, adapters, "A") == [DraftAdapter("a", 0)]
 
 
+def test_calls_without_it_count_too() -> None:
+    """The base model's sequences do not keep what nobody asks for any more from whoever wants the frames."""
+    draft, adapters = made()
+    give(adapters, "A", "a", 4)
+    assert ask(draft, adapters, "A")[0] == DraftAdapter("a", 0)
+    ask(draft, adapters, "")
+    ask(draft, adapters, "")
+    draft.begin()
+    adapters(text(""))
+    assert adapters.num_cold_frames == 1 and adapters.evict_for_frame()
+    draft.end()
+    adapters.check()
+
+
 def test_what_cannot_be_had_is_refused_by_name() -> None:
     _, adapters = made(max_bytes=8 * PAGE)
     with pytest.raises(InvalidParameter, match=r"adapter of the draft model draft: .* at most 2048 KiB"):

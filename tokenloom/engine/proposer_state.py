@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Final
@@ -22,6 +23,8 @@ LOOK_DEEPER = 8
 
 TRY_MEMORY = 64.0
 """Observations that all earlier ones count for where a proposer that does not pay is tried: the text may be another."""
+
+log = logging.getLogger(__name__)
 
 _PRIOR: Final = 0.6
 _PULL: Final = 8
@@ -52,6 +55,26 @@ class ProposerState:
         self._values = [_PRIOR]
         self._rows = [1.0]
         self._steps = [0]
+
+    def fail(self) -> None:
+        """It has raised what is being handled: it is not asked any more."""
+        if not self.failed:
+            log.exception("the proposer %s failed and is not asked any more", self.proposer.name)
+        self.failed = True
+
+    def forget(self, seq: Sequence) -> None:
+        """`seq` has stopped. One that failed hears of it too: it may hold something for it."""
+        try:
+            self.proposer.forget(seq)
+        except Exception:
+            self.fail()
+
+    def close(self) -> None:
+        """Release what it holds."""
+        try:
+            self.proposer.close()
+        except Exception:
+            log.exception("the proposer %s failed when it was closed", self.proposer.name)
 
     def rests(self) -> bool:
         """Whether it is left alone in this step."""
@@ -124,8 +147,14 @@ class ProposerState:
             self._rows[level] += (rows[level] / self.requests - self._rows[level]) * share
         # What was not drafted keeps its share of the last level that was.
         for level in range(depth, most):
-            self._values[level] *= self._values[depth - 1] / last if last > 0 else 0.0
-            self._rows[level] *= self._rows[depth - 1] / last_rows if last_rows > 0 else 0.0
+            self._values[level] = _carried(self._values[level], last, self._values[depth - 1])
+            self._rows[level] = _carried(self._rows[level], last_rows, self._rows[depth - 1])
+
+
+def _carried(deep: float, before: float, now: float) -> float:
+    """What a level that was not drafted stands at, once one above it went from `before` to `now`. Where others suggest
+    the same first, one above may bring next to nothing and a deep one much: twice nothing then says nothing of it."""
+    return min(deep * now / before, max(deep, now)) if before > 0 else 0.0
 
 
 def learn_levels(

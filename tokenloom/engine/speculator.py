@@ -8,10 +8,10 @@ How many rows are verified, and for whom, is decided as in Li et al., "AdaServe"
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from math import inf
+from operator import index
 from typing import Final, Literal, Protocol
 
 from tokenloom.clock import Clock, MonotonicClock
@@ -37,10 +37,11 @@ from tokenloom.engine.sequence import Sequence
 from tokenloom.engine.token_tree import MAX_NODES, ROOT, TokenTree, merge
 from tokenloom.errors import UnsupportedFeature
 
+MAX_PLACES: Final = 4096
+"""Of (proposer, adapter, depth), the last observed ones: adapters come and go."""
+
 _HOPE: Final = 3.0
 """Tokens a step that a request may hope for at best, when the question is whether its SLO can still be kept."""
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +67,10 @@ class Acceptance:
 
 @dataclass(slots=True)
 class SpeculationStats:
-    """Counts since the start. `by_place` has (name of the proposer, adapter, depth from 1); a node that several
-    proposers suggested counts for each. `steps` had trees, `skipped` had none though sequences decoded.
-    `seconds_saved` is what plain steps would have taken for the tokens that were guessed right, by the latency
-    curve, less what verifying and proposing took."""
+    """Counts since the start. `by_place` has (name of the proposer, adapter, depth from 1), at most `MAX_PLACES`; a
+    node that several proposers suggested counts for each. `steps` had trees, `skipped` had none though sequences
+    decoded. `seconds_saved` is what plain steps would have taken for the tokens that were guessed right, by the
+    latency curve, less what verifying and proposing took."""
 
     num_drafted: int = 0
     num_accepted: int = 0
@@ -128,8 +129,7 @@ class Speculator:
         self._wish: Needs | None = None
         """What those of `_wanted` need in this step; None if nobody has an SLO."""
         self._keys = 0
-        self._propose_seconds = 0.0
-        self._asked_seconds = self._chosen_seconds = 0.0
+        self._propose_seconds = self._asked_seconds = self._chosen_seconds = 0.0
         self._own_seconds = 0.0
         """What choosing and learning take in a step with trees, on average."""
 
@@ -154,12 +154,11 @@ class Speculator:
         self._wish = None
         for source in self.sources:
             source.asked = 0
-        decoding = [
+        self._decoding = decoding = [
             run.seq
             for run in plan.runs
             if run.end - run.start == 1 and run.end == len(run.seq.tokens) and run.seq.num_output
         ]
-        self._decoding = decoding
         if not decoding:
             return
         for seq in decoding:
@@ -241,8 +240,7 @@ class Speculator:
                 proposals = source.proposer.propose(asked)
                 trees = [self._tree(number, *pair) for pair in zip(proposals, asked, strict=True)]
             except Exception:
-                source.failed = True
-                log.exception("the proposer %s failed and is not asked any more", source.proposer.name)
+                source.fail()
                 continue
             seconds = self._clock.now() - before
             self._asked_seconds += seconds
@@ -292,7 +290,8 @@ class Speculator:
         kept = {ROOT: (ROOT, 0, 1.0)}
         places: dict[int, int] = {}
         most = want.max_nodes if want.draws else MAX_NODES
-        columns = zip(proposal.tokens, proposal.parents, proposal.ranks, proposal.confidences, strict=True)
+        ranks = map(index, proposal.ranks)
+        columns = zip(proposal.tokens, proposal.parents, ranks, proposal.confidences, strict=True)
         for node, (token, parent, rank, confidence) in enumerate(columns):
             above, depth, reach = kept.get(parent, (ROOT, want.max_depth, 0.0))
             place = len(tokens)
@@ -313,7 +312,8 @@ class Speculator:
                 if parent in kept and all(node in places for node in drawn.nodes):
                     nodes = [places[node] for node in drawn.nodes]
                     tree.draws[kept[parent][0]] = [drawn._replace(nodes=nodes)]
-        return tree
+        # Below two siblings with one token, a judge would walk down the one and the commit the other.
+        return tree if len(tree.children()) == len(tokens) else merge((tree, TokenTree()))
 
     def _hang(
         self, plan: Plan, scheduler: Scheduler, wanted: list[Sequence], trees: list[TokenTree], room: int
@@ -415,13 +415,13 @@ class Speculator:
             step.accepted_by_depth += [0] * (len(nodes) - len(step.accepted_by_depth))
             for depth in range(len(nodes)):
                 step.accepted_by_depth[depth] += 1
-            depths = tree.depths()
-            self._learn(seq, tree, nodes, depths)
+            self._learn(seq, tree, nodes, tree.depths())
         step.num_trees = len(plan.trees)
         if self.curve.known:
             num_nodes = sum(len(tree) for tree in plan.trees.values())
             plain = self.curve.seconds(plan.num_rows - num_nodes, self._keys)
-            gained = plain * guessed / len(plan.trees)
+            # A plain step makes a token for everybody who decodes, and the later ones have no prompts beside them.
+            gained = self.curve.seconds(len(self._decoding), self._keys) * guessed / len(self._decoding)
             step.seconds_saved = gained + plain - seconds - self._propose_seconds
             stats.seconds_saved += step.seconds_saved
 
@@ -443,11 +443,11 @@ class Speculator:
         for (number, depth), hit in levels.items():
             place = (self.sources[number].proposer.name, seq.request.adapter, depth)
             for places in (self.stats.by_place, self._step_places):
-                found = places.get(place)
-                if found is None:
-                    found = places[place] = Acceptance()
+                found = places[place] = places.pop(place, None) or Acceptance()
                 found.tested += 1
                 found.accepted += hit
+            if len(self.stats.by_place) > MAX_PLACES:
+                del self.stats.by_place[next(iter(self.stats.by_place))]
 
     def report(self) -> StepSpeculation | None:
         """What the last step did; None without proposers."""
@@ -462,13 +462,13 @@ class Speculator:
         """`seq` has stopped running. One that was preempted starts anew on its pace: its client has seen the pause,
         and chasing it would take the rows of all others."""
         for source in self.sources:
-            source.proposer.forget(seq)
+            source.forget(seq)
         self._paces.pop(seq, None)
 
     def close(self) -> None:
         """Release what the proposers hold."""
         for source in self.sources:
-            source.proposer.close()
+            source.close()
 
 
 def _learned_as(seq: Sequence) -> str:

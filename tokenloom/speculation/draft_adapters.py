@@ -106,11 +106,11 @@ class DraftAdapters:
     def __call__(self, seq: Sequence) -> DraftAdapter | None:
         """With what the draft computes `seq` in this call; None: its adapter is on the way, and what would be
         computed without it would be in vain."""
+        if self._call != self._draft.stats.num_calls:
+            self._begin()
         content = self._companions.get(seq.request.adapter)
         if content is None:
             return _WITHOUT
-        if self._call != self._draft.stats.num_calls:
-            self._begin()
         if not self.pool.is_ready(content):
             if not self._fetch(content):
                 return _WITHOUT

@@ -49,16 +49,6 @@ class Pace:
             return 0.0
         return (max(0.0, now - self.started) + step_seconds) / self.tpot - self.produced
 
-    def forgive(self, now: float, most: float) -> None:
-        """After a preemption: forget a lag of more than `most` tokens.
-
-        The client has seen the pause already; chasing it for the rest of the answer would take the rows of all
-        others.
-        """
-        lag = self.need(now, 0.0)
-        if lag > most:
-            self.started += (lag - most) * self.tpot
-
 
 class Needs(NamedTuple):
     """The needs of a step as a function of its seconds t: `base` + t * `rate`, at most `most`; float64 [requests]."""
