@@ -290,9 +290,8 @@ class Speculator:
         kept = {ROOT: (ROOT, 0, 1.0)}
         places: dict[int, int] = {}
         most = want.max_nodes if want.draws else MAX_NODES
-        ranks = map(index, proposal.ranks)
-        columns = zip(proposal.tokens, proposal.parents, ranks, proposal.confidences, strict=True)
-        for node, (token, parent, rank, confidence) in enumerate(columns):
+        said = proposal.tokens, proposal.parents, map(index, proposal.ranks), proposal.confidences
+        for node, (token, parent, rank, confidence) in enumerate(zip(*said, strict=True)):
             above, depth, reach = kept.get(parent, (ROOT, want.max_depth, 0.0))
             place = len(tokens)
             if depth >= want.max_depth or place == most or not 0 <= token < self.vocab_size:
@@ -313,7 +312,8 @@ class Speculator:
                     nodes = [places[node] for node in drawn.nodes]
                     tree.draws[kept[parent][0]] = [drawn._replace(nodes=nodes)]
         # Below two siblings with one token, a judge would walk down the one and the commit the other.
-        return tree if len(tree.children()) == len(tokens) else merge((tree, TokenTree()))
+        is_legal = len(set(tokens)) == len(tokens) or len(tree.children()) == len(tokens)
+        return tree if is_legal else merge((tree, TokenTree()))
 
     def _hang(
         self, plan: Plan, scheduler: Scheduler, wanted: list[Sequence], trees: list[TokenTree], room: int
@@ -443,7 +443,7 @@ class Speculator:
         for (number, depth), hit in levels.items():
             place = (self.sources[number].proposer.name, seq.request.adapter, depth)
             for places in (self.stats.by_place, self._step_places):
-                found = places[place] = places.pop(place, None) or Acceptance()
+                found = places[place] = places.pop(place, Acceptance())
                 found.tested += 1
                 found.accepted += hit
             if len(self.stats.by_place) > MAX_PLACES:
