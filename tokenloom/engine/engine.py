@@ -236,7 +236,7 @@ class Engine:
             return []
         planned = perf_counter()
         self.speculator.extend(plan, self.scheduler)
-        proposed, extended = perf_counter(), self.clock.now()
+        proposed = perf_counter()
         batch = build_batch(plan, self.scheduler.table)
         if self.limits.debug:
             batch.check()
@@ -248,8 +248,7 @@ class Engine:
         deltas = self.scheduler.commit(plan, result, self.clock.now())
         if self.scheduler.moves:
             self.executor.move_slots(np.array(self.scheduler.moves, np.int64))
-        # All that rows cost, and not only the executor's part: they are laid out and committed too.
-        self.speculator.observe(plan, self.scheduler.accepted, self.clock.now() - extended)
+        self.speculator.observe(plan, self.scheduler.accepted, result.seconds)
         if self.limits.debug:
             self.check()
         self._num_steps += 1

@@ -371,7 +371,7 @@ class Speculator:
             self._judge(plan, batch, result, executor)
 
     def observe(self, plan: Plan, accepted: dict[Sequence, list[int]], seconds: float) -> None:
-        """Learn from a step that took `seconds` once it had its trees: `accepted` are those of their nodes that became
+        """Learn from a step that took the executor `seconds`: `accepted` are the nodes of each tree that became
         tokens."""
         if not self.sources:
             return
