@@ -28,7 +28,7 @@ def run(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(bool(extension.missing()), reason="the numpy reference would take minutes")
 def test_the_quick_mode_measures_every_part_that_runs_a_model(repository: Path, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.jsonl"
-    parts = "equal,replay,batch16,story,copy"
+    parts = "equal,replay,batch16,pace,ragged,story,copy"
     shown = run(repository, "--quick", "--json", "--parts", parts, "--tokens", str(tokens))
     assert shown.returncode == 0, shown.stderr
     found: dict[str, Any] = json.loads(shown.stdout.splitlines()[-1])
@@ -66,7 +66,7 @@ def test_every_figure_has_its_part_and_the_simulation_gives_those_of_slo(
     for folder in ("bench", "bench/peers"):
         monkeypatch.syspath_prepend(str(repository / folder))
     bench = importlib.import_module("speculation")
-    assert set(bench.KEYS.values()) == set(bench.PARTS)
+    assert set(bench.KEYS.values()) == {*bench.PARTS, "peers"}
     monkeypatch.setattr(bench.slo_simulation, "QUICK_COUNT", 20)
     monkeypatch.setattr(bench.slo_simulation, "QUICK_SEEDS", (1,))
     monkeypatch.setattr(bench.slo_simulation.Study, "find_load", lambda study: 8.0)
@@ -94,10 +94,10 @@ def test_stories_of_another_pair(repository: Path, shared_data: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     found: dict[str, Any] = json.loads(shown.stdout.splitlines()[-1])
     assert found["setting"]["target"] == model
-    medians = found["parts"]["story"]["medians"]
-    assert medians["plain"]["tokens_per_step"] == 1
-    assert medians["chain"]["tokens_per_step"] > 4
-    assert medians["tree"]["tokens_per_step"] > 4
+    figures = found["parts"]["story"]["medians"]["turns"]
+    assert figures["plain_tokens_per_step"] == 1
+    assert figures["chain_tokens_per_step"] > 4
+    assert figures["tree_tokens_per_step"] > 4
 
 
 @pytest.mark.parametrize(
