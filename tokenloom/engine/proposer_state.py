@@ -98,14 +98,12 @@ class ProposerState:
         self.requests = requests
 
     def took(self, levels: int, seconds: float) -> None:
-        """A call for `levels` levels took `seconds`. Calls in which a draft model reads a prompt take much longer:
-        so what is less than usual counts for more, and the first call after a rest, which catches up with what came
+        """A call for `levels` levels took `seconds`. The first call after a rest, which catches up with what came
         meanwhile, does not count."""
         if not self._is_warm:
             self._is_warm = True
             return
-        usual = self._costs.get(levels, seconds)
-        self._costs[levels] = usual + (0.5 if seconds < usual else 0.05) * (seconds - usual)
+        self._costs[levels] = usual(self._costs.get(levels, seconds), seconds)
         for fewer in self._costs:
             if fewer < levels:
                 self._costs[fewer] = min(self._costs[fewer], self._costs[levels])
@@ -149,6 +147,15 @@ class ProposerState:
         for level in range(depth, most):
             self._values[level] = _carried(self._values[level], last, self._values[depth - 1])
             self._rows[level] = _carried(self._rows[level], last_rows, self._rows[depth - 1])
+
+
+def usual(before: float, seconds: float) -> float:
+    """What usually takes `before` seconds took `seconds`: what it usually takes now.
+
+    The first steps of a process, calls in which a draft model reads a prompt, and whatever something disturbs take
+    much longer than the others: so what is less counts for more.
+    """
+    return before + (0.5 if seconds < before else 0.05) * (seconds - before)
 
 
 def _carried(deep: float, before: float, now: float) -> float:

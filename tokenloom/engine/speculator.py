@@ -30,7 +30,7 @@ from tokenloom.engine.policies.pace import (
 )
 from tokenloom.engine.policies.tree_selection import FULL, RankedTrees, SelectionPolicy
 from tokenloom.engine.proposer import Proposal, Proposer, Wanted
-from tokenloom.engine.proposer_state import LOOK_DEEPER, REST, TRY_MEMORY, ProposerState, learn_levels
+from tokenloom.engine.proposer_state import LOOK_DEEPER, REST, TRY_MEMORY, ProposerState, learn_levels, usual
 from tokenloom.engine.request import Request
 from tokenloom.engine.scheduler import Scheduler
 from tokenloom.engine.sequence import Sequence
@@ -400,9 +400,7 @@ class Speculator:
             self.price.observe(worth, took)
         if plan.trees:
             own = self._chosen_seconds + self._clock.now() - began
-            # The first steps of a process, and those that something disturbs, take much longer than the others.
-            usual = self._own_seconds or own
-            self._own_seconds = usual + (0.5 if own < usual else 0.05) * (own - usual)
+            self._own_seconds = usual(self._own_seconds or own, own)
 
     def _count(self, plan: Plan, accepted: dict[Sequence, list[int]], seconds: float) -> None:
         stats, step = self.stats, self._step

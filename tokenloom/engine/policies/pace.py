@@ -19,8 +19,6 @@ from tokenloom.engine.policies.latency_curve import LatencyCurve
 from tokenloom.engine.policies.tree_selection import RankedTrees
 
 _KEEP: Final = 0.95
-
-
 TRIAL_STEPS: Final = 4
 TRIAL_REQUESTS: Final = 4
 """Steps in a row in which a draft that does not pay is tried, and requests for which it is."""
